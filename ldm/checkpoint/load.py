@@ -1,0 +1,186 @@
+"""Fill networks from checkpoints: built on `meta`, then given the file's own tensors, without a second copy."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint.files import read_json
+from ldm.checkpoint.layouts import LABELS, Checkpoint, Part, describe, open_checkpoint
+from ldm.checkpoint.names import Row, text_names, unet_names, vae_names
+from ldm.config import SD_V1, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.errors import CheckpointError
+from ldm.models.text import TextEncoder
+from ldm.models.tokenizer import Merge, build_tokenizer, shipped_vocabulary
+from ldm.models.unet import UNet
+from ldm.models.vae import VAE
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+log = logging.getLogger(__name__)
+
+Device = torch.device | str
+
+
+@dataclass(frozen=True)
+class Model:
+    """The three networks of a checkpoint and the config that describes them."""
+
+    unet: UNet
+    vae: VAE
+    text: TextEncoder
+    config: ModelConfig
+
+
+def load_model(
+    path: str | Path,
+    config: ModelConfig | None = None,
+    *,
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """A whole model from a single file or a diffusers folder; `config` overrides what the file tells.
+
+    Raises CheckpointError, naming every missing, unexpected or misshapen tensor of the first network that has any.
+    """
+    path = Path(path)
+    checkpoint = open_checkpoint(path)
+    if config is None:
+        config = ModelConfig(
+            unet=checkpoint.part("unet", path).config,
+            vae=checkpoint.part("vae", path).config,
+            text=checkpoint.part("text", path).config,
+            schedule=checkpoint.schedule,
+            image_size=checkpoint.image_size or SD_V1.image_size,
+        )
+    for reason, count in checkpoint.ignored.items():
+        log.info("%s: left out %d tensors of %s", path, count, reason)
+    return Model(
+        unet=_load(checkpoint, path, "unet", config.unet, device, dtype),
+        vae=_load(checkpoint, path, "vae", config.vae, device, dtype),
+        text=_load(checkpoint, path, "text", config.text, device, dtype),
+        config=config,
+    )
+
+
+def load_unet(
+    path: str | Path, config: UNetConfig | None = None, *, device: Device = "cpu", dtype: torch.dtype = torch.float32
+) -> UNet:
+    """The U-Net of a full checkpoint, or of a file or folder of its own. Raises CheckpointError."""
+    return _load(open_checkpoint(Path(path)), Path(path), "unet", config, device, dtype)
+
+
+def load_vae(
+    path: str | Path, config: VAEConfig | None = None, *, device: Device = "cpu", dtype: torch.dtype = torch.float32
+) -> VAE:
+    """The autoencoder of a full checkpoint, or of a file or folder of its own. Raises CheckpointError."""
+    return _load(open_checkpoint(Path(path)), Path(path), "vae", config, device, dtype)
+
+
+def load_text(
+    path: str | Path, config: TextConfig | None = None, *, device: Device = "cpu", dtype: torch.dtype = torch.float32
+) -> TextEncoder:
+    """The text encoder, with its tokenizer, of a full checkpoint or its own file or folder. Raises CheckpointError."""
+    return _load(open_checkpoint(Path(path)), Path(path), "text", config, device, dtype)
+
+
+NAMES: dict[str, Callable[[Any], list[Row]]] = {"unet": unet_names, "vae": vae_names, "text": text_names}
+
+
+def _load(checkpoint: Checkpoint, path: Path, name: str, config: Any, device: Device, dtype: torch.dtype) -> Any:
+    """Network `name` of a checkpoint, ready to run: in eval mode, convolutions in channels_last memory."""
+    part = checkpoint.part(name, path)
+    config = config or part.config
+    extra = [load_tokenizer(checkpoint.tokenizer_folder, config, path)] if name == "text" else []
+    try:
+        with torch.device("meta"):
+            network = {"unet": UNet, "vae": VAE, "text": TextEncoder}[name](config, *extra)
+    except (ValueError, ZeroDivisionError) as error:  # widths that groups or heads do not divide
+        raise CheckpointError(f"{part.where}: no {LABELS[name]} can be built from {config} ({error})") from error
+    fill(network, part, NAMES[name](config), device, dtype)
+    if isinstance(network, TextEncoder):  # a constant, which files store in many dtypes or not at all
+        network.transformer.embeddings.position_ids = torch.arange(config.max_length, device=device)[None]
+    return network.eval()
+
+
+def fill(network: nn.Module, part: Part, rows: Iterable[Row], device: Device, dtype: torch.dtype) -> None:
+    """Give a network built on `meta` the tensors of `part`; where dtype and layout agree they stay views of the file.
+
+    Raises CheckpointError with the names of every missing, unexpected or misshapen tensor.
+    """
+    on_disk = {row.ours: getattr(row, part.spelling) for row in rows}
+    expected = {}  # name on disk → our name and shape
+    for key, parameter in network.state_dict().items():
+        module, _, leaf = key.rpartition(".")
+        expected[f"{on_disk[module]}.{leaf}"] = key, parameter.shape
+
+    problems = {
+        "missing": [name for name in expected if name not in part.tensors],
+        "unexpected": [name for name in part.tensors if name not in expected],
+        "of the wrong shape or type": [
+            f"{name} is {str(tensor.dtype)[6:]}{list(tensor.shape)}, not {list(expected[name][1])}"
+            for name, tensor in part.tensors.items()
+            if name in expected and not _fits(tensor, expected[name][1])
+        ],
+    }
+    if any(problems.values()):
+        summary = "; ".join(f"{describe(names)} {kind}" for kind, names in problems.items() if names)
+        raise CheckpointError(
+            f"{part.where}: does not fill the {type(network).__name__}: {summary}; download it again or use another",
+            details=[f"{kind}: {part.prefix}{name}" for kind, names in problems.items() for name in names],
+        )
+    state = {key: _place(part.tensors[name].reshape(shape), device, dtype) for name, (key, shape) in expected.items()}
+    network.load_state_dict(state, assign=True)
+
+
+def _fits(tensor: Tensor, shape: torch.Size) -> bool:
+    """Equal but for trailing ones: a 1×1 convolution is a linear layer."""
+    return tensor.is_floating_point() and _core(tensor.shape) == _core(shape)
+
+
+def _core(shape: torch.Size) -> list[int]:
+    dims = list(shape)
+    while dims and dims[-1] == 1:
+        dims.pop()
+    return dims
+
+
+def _place(tensor: Tensor, device: Device, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.to(device, dtype)
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+def load_tokenizer(folder: Path | None, config: TextConfig, where: Path) -> CLIPTokenizer:
+    """A model folder's own tokenizer, or CLIP's where it has none. Raises CheckpointError."""
+    vocabulary, merges = _tables(folder) if folder else shipped_vocabulary()
+    if len(vocabulary) != config.vocab_size:
+        raise CheckpointError(
+            f"{where}: the text encoder knows {config.vocab_size} tokens, the tokenizer {len(vocabulary)}; "
+            "copy the model's tokenizer folder beside it"
+        )
+    try:
+        return build_tokenizer(vocabulary, merges, config.max_length)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise CheckpointError(f"{folder}: not a CLIP tokenizer ({error})") from error
+
+
+def _tables(folder: Path) -> tuple[dict[str, int], list[Merge]]:
+    """Vocabulary and merges from vocab.json and merges.txt, or from tokenizer.json."""
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocabulary = read_json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        pairs = [line.split() for line in lines if line and not line.startswith("#version")]
+    else:
+        model = read_json(folder / "tokenizer.json").get("model", {})
+        vocabulary, pairs = model.get("vocab"), model.get("merges")
+        pairs = [pair.split() if isinstance(pair, str) else pair for pair in pairs or []]
+    if not isinstance(vocabulary, dict) or not all(len(pair) == 2 for pair in pairs):
+        raise CheckpointError(f"{folder}: not a CLIP tokenizer; expected a vocabulary and pairs to merge")
+    return vocabulary, [(first, second) for first, second in pairs]

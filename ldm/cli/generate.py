@@ -1,0 +1,149 @@
+"""`ldm txt2img` and `ldm img2img`: flags made from the fields of Request, pictures written with their metadata."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import RequestError
+from ldm.request import SEEDS, Request
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+TYPES = {"str": str, "int": int, "float": float}
+
+# Other spellings of a flag. The short ones are shown; the long ones are CompVis's and are not.
+SHORT = {"prompt": "-p", "negative_prompt": "-n", "steps": "-s", "width": "-W", "height": "-H"}
+COMPVIS = {
+    "steps": "--ddim_steps",
+    "cfg_scale": "--scale",
+    "eta": "--ddim_eta",
+    "batch_size": "--n_samples",
+    "width": "--W",
+    "height": "--H",
+}
+IMG2IMG_ONLY = {"strength"}
+
+
+def add_commands(commands: Any) -> None:
+    """Add both commands to the subparsers of `ldm`."""
+    txt2img = commands.add_parser(
+        "txt2img", help="make pictures from a prompt", description="Make pictures from a prompt.", allow_abbrev=False
+    )
+    _add_flags(txt2img, skip=IMG2IMG_ONLY)
+    txt2img.set_defaults(run=run, init_img=None, strength=None)
+
+    img2img = commands.add_parser(
+        "img2img",
+        help="make pictures from a prompt and a picture",
+        description="Make pictures from a prompt and a picture.",
+        allow_abbrev=False,
+    )
+    img2img.add_argument("--init-img", required=True, type=Path, metavar="IMAGE", help="the picture to start from")
+    _add_flags(img2img, skip=set())
+    img2img.set_defaults(run=run, strength=0.75)
+
+
+def _add_flags(parser: argparse.ArgumentParser, skip: set[str]) -> None:
+    what = parser.add_argument_group("what to make")
+    for f in fields(Request):
+        if f.name in skip:
+            continue
+        kind = TYPES[str(f.type).split(" | ")[0]]
+        default = None if f.default is MISSING else f.default
+        flags = [*([SHORT[f.name]] if f.name in SHORT else []), "--" + f.name.replace("_", "-")]
+        shown = "" if default in (None, "") else f" (default {default})"
+        what.add_argument(*flags, dest=f.name, type=kind, default=default, help=f.metadata["help"] + shown)
+        if f.name in COMPVIS:
+            _add_alias(what, COMPVIS[f.name], dest=f.name, type=kind)
+    what.add_argument("--from-file", type=Path, metavar="FILE", help="a prompt a line, instead of --prompt")
+    what.add_argument("--batch-count", type=int, default=1, metavar="N", help="batches to make (default 1)")
+    _add_alias(what, "--n_iter", dest="batch_count", type=int)
+    _add_alias(what, "--plms", dest="sampler", action="store_const", const="plms")
+
+    how = parser.add_argument_group("with what, and where to")
+    how.add_argument(
+        "--model", metavar="PATH", help="a .safetensors or .ckpt file, or a diffusers folder (default: shipped)"
+    )
+    _add_alias(how, "--ckpt", dest="model")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    how.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default auto)")
+    how.add_argument("--outdir", type=Path, default=Path("outputs"), help="where pictures go (default outputs)")
+    how.add_argument("--grid", action="store_true", help="also write all pictures on one sheet")
+    _add_alias(how, "--skip_grid", dest="grid", action="store_false")
+
+
+def _add_alias(group: Any, flag: str, **kwargs: Any) -> None:
+    group.add_argument(flag, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **kwargs)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the pictures, one batch after the other; print the path of each as soon as it is written."""
+    requests = list(_requests(args))  # every fault is found before anything slow begins
+    from ldm import images, metadata
+    from ldm.files import write_atomic
+    from ldm.pipeline import StableDiffusion
+
+    init_image = images.load_image(args.init_img) if args.init_img else None
+    args.outdir.mkdir(parents=True, exist_ok=True)
+    sd = StableDiffusion.load(args.model, device=args.device, dtype=args.dtype)
+    made: list[Image.Image] = []
+    for request in requests:
+        request = sd.resolve(request, init_image)
+        steps = len(sd.levels(request)) - 1
+        pictures = sd.generate(request, init_image, progress=True)
+        for image, alone in zip(pictures, request.images(), strict=True):
+            save = partial(metadata.save_png, image=image, request=alone, steps=steps, model=sd.name)
+            _save_numbered(args.outdir, f"{alone.seed}", save)
+            made.append(image)
+    if args.grid:
+        sheet = images.grid(made)
+        write = partial(sheet.save, format="PNG")
+        _save_numbered(args.outdir, "grid", lambda path: write_atomic(path, write, overwrite=False))
+
+
+def _save_numbered(folder: Path, name: str, save: Callable[[Path], None]) -> None:
+    """Save as 00000-name.png, or the first higher number that is free in the folder, and print the path."""
+    taken = (re.match(r"(\d{5,})-", file.name) for file in folder.iterdir())
+    number = max((int(match[1]) + 1 for match in taken if match), default=0)
+    while True:
+        path = folder / f"{number:05d}-{name}.png"
+        try:
+            save(path)
+        except FileExistsError:  # another process was faster
+            number += 1
+        else:
+            print(path, flush=True)
+            return
+
+
+def _requests(args: argparse.Namespace) -> Iterator[Request]:
+    """The requests of a command line: every prompt, `batch_count` times, seeds counting on from batch to batch."""
+    if args.batch_count < 1:
+        raise RequestError(f"batch_count is {args.batch_count}: use 1 or more")
+    for prompt in _prompts(args):
+        first = Request(**{f.name: getattr(args, f.name) for f in fields(Request)} | {"prompt": prompt})
+        seed = first.seeds()[0]
+        for batch in range(args.batch_count):
+            yield replace(first, seed=(seed + batch * first.batch_size) % SEEDS)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if (args.prompt is None) == (args.from_file is None):
+        raise RequestError("give either --prompt or --from-file")
+    if args.from_file is None:
+        return [args.prompt]
+    try:
+        lines = args.from_file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{args.from_file}: not a text file in UTF-8") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise RequestError(f"{args.from_file}: holds no prompt; expected one a line")
+    return prompts

@@ -1,0 +1,60 @@
+"""`ldm`: one command, a subcommand each for what it does. Paths go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from ldm import __version__
+from ldm.cli import generate
+from ldm.errors import LdmError, RequestError
+
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Faults are one line, without the usage in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="ldm", description="Stable Diffusion v1.x on your own machine.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"ldm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    generate.add_commands(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line, sys.argv's where none is given, and return its exit code."""
+    try:
+        args = build_parser().parse_args(argv)
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("ldm").setLevel(logging.INFO)
+        args.run(args)
+        return 0
+    except SystemExit as stop:  # from argparse
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print("ldm: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except RequestError as error:
+        print(f"ldm: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except LdmError as error:
+        print(f"ldm: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    except OSError as error:
+        print(f"ldm: {error.filename}: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILURE
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        print("ldm: out of memory: use a smaller size or batch, or close other programs", file=sys.stderr)
+        return EXIT_FAILURE

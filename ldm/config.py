@@ -1,0 +1,79 @@
+"""The hyperparameters of a model: frozen, complete, and Stable Diffusion v1's by default.
+
+Nothing here imports torch; a config is data that every floor above may read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The cross-attention U-Net. `channel_mult[i] * channels` is the width of level i; level 0 has full resolution."""
+
+    in_channels: int = 4  # 4: text to image, 8: InstructPix2Pix, 9: inpainting
+    out_channels: int = 4
+    channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    blocks_per_level: int = 2  # on the way down; one more on the way up
+    attention_levels: tuple[int, ...] = (0, 1, 2)
+    heads: int = 8
+    context_dim: int = 768
+    norm_groups: int = 32
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The KL autoencoder. Its latents, multiplied by `scale_factor`, have about unit variance."""
+
+    in_channels: int = 3
+    latent_channels: int = 4
+    channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    blocks_per_level: int = 2
+    scale_factor: float = 0.18215
+    norm_groups: int = 32
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent pixel along one side: 8 for Stable Diffusion."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The CLIP text transformer (ViT-L/14's)."""
+
+    vocab_size: int = 49408
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    max_length: int = 77
+    activation: str = "quick_gelu"
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The forward process: how much noise there is at each training timestep, and what the U-Net predicts."""
+
+    timesteps: int = 1000
+    beta_schedule: str = "scaled_linear"  # or "linear", "cosine"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction_type: str = "epsilon"  # or "v_prediction"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole latent diffusion model. `image_size` is the side it was trained at, in pixels."""
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    image_size: int = 512
+
+
+SD_V1 = ModelConfig()

@@ -1,0 +1,59 @@
+"""Pictures ↔ tensors. The one place where an image that nobody has vouched for enters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ldm.errors import ImageError
+
+MAX_PIXELS = 100_000_000
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # decoders with no programs behind them
+
+
+def load_image(source: str | Path | Image.Image) -> Image.Image:
+    """An RGB image, upright (EXIF), transparent parts over white. Raises ImageError."""
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageError(
+                f"{source}: {image.width}×{image.height} pixels; at most {MAX_PIXELS // 10**6} megapixels are read"
+            )
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits to white
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise ImageError(f"{source}: no such image") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{source}: not a readable image ({error}); use one of {', '.join(FORMATS)}") from error
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image → (1, 3, height, width) float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
+    return (pixels / 127.5 - 1).permute(2, 0, 1)[None]
+
+
+def to_image(x: Tensor) -> Image.Image:
+    """(3, height, width) in [-1, 1], clamped → RGB image, rounded to the nearest of 256 levels."""
+    pixels = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def grid(images: Sequence[Image.Image]) -> Image.Image:
+    """Images of one size on a sheet that is as square as they allow, row by row."""
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet

@@ -1,0 +1,35 @@
+"""What to do when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+def first_that_fits(plans: Mapping[str, Callable[..., Result]]) -> Callable[..., Result]:
+    """Run the first plan; when it runs out of memory, warn once and use the next, from then on.
+
+    Plans are functions that compute the same, by name, the fastest first. The last one's OutOfMemoryError is raised.
+    """
+    remaining = dict(plans)
+
+    def run(*args: object) -> Result:
+        while True:
+            name, plan = next(iter(remaining.items()))
+            try:
+                return plan(*args)
+            except torch.OutOfMemoryError:
+                if len(remaining) == 1:
+                    raise
+                del remaining[name]
+            torch.cuda.empty_cache()
+            log.warning("out of memory: %s does not fit, going on with %s", name, next(iter(remaining)))
+
+    return run
