@@ -1,5 +1,5 @@
 """The command line. Parsing imports nothing heavy, so that `--help` answers at once."""
 
-from ldm.cli.main import main
+from ldm.cli.app import main
 
 __all__ = ["main"]

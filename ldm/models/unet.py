@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config import UNetConfig
-from ldm.models.layers import ResBlock, Upsample, attention, split_heads, to_map, to_tokens
+from ldm.models.layers import GroupNorm, ResBlock, Upsample, attention, split_heads, to_map, to_tokens
 
 KeyValue = tuple[Tensor, Tensor]  # (b, heads, n, d) each
 
@@ -82,7 +82,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
-        self.norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(config.norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.norm1 = nn.LayerNorm(channels)
         self.self_attention = SelfAttention(channels, config.heads)
@@ -164,7 +164,7 @@ class UNet(nn.Module):
             if level != 0:
                 self.up.append(Upsample(width))
 
-        self.norm_out = nn.GroupNorm(config.norm_groups, width, eps=1e-5)
+        self.norm_out = GroupNorm(config.norm_groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
     @property

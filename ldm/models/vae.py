@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config import VAEConfig
-from ldm.models.layers import ResBlock, Upsample, attention, split_heads, to_map, to_tokens
+from ldm.models.layers import GroupNorm, ResBlock, Upsample, attention, split_heads, to_map, to_tokens
 
 NORM_EPS = 1e-6
 
@@ -42,7 +42,7 @@ class PixelAttention(nn.Module):
 
     def __init__(self, channels: int, norm_groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
+        self.norm = GroupNorm(norm_groups, channels, eps=NORM_EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
             if level != len(widths) - 1:
                 self.down.append(Downsample(width))
         self.middle = middle(width, config.norm_groups)
-        self.norm_out = nn.GroupNorm(config.norm_groups, width, eps=NORM_EPS)
+        self.norm_out = GroupNorm(config.norm_groups, width, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
             width = out_width
             if level != 0:
                 self.up.append(Upsample(width))
-        self.norm_out = nn.GroupNorm(config.norm_groups, width, eps=NORM_EPS)
+        self.norm_out = GroupNorm(config.norm_groups, width, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

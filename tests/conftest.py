@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # diffusers and transformers would look for updates
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from synthetic import DATA, state_dict
+from torch import Tensor
+
+from ldm import ModelConfig, StableDiffusion, UNetConfig
+from ldm.checkpoint import load_unet, load_vae
+from ldm.models.unet import UNet
+from ldm.models.vae import VAE
+
+TINY_UNET = UNetConfig(channels=32, channel_mult=(1, 2, 2, 4), heads=4, context_dim=48)
+SHIPPED = Path(__file__).parent.parent / "weights" / "shapes"
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual - expected‖ / ‖expected‖."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Any attempt to open a connection fails the test."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Tensor]:
+    """Outputs of the reference implementation on the tiny model."""
+    return load_file(DATA / "golden-tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory) -> Path:
+    """The tiny model's checkpoint: U-Net and VAE, no text encoder."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    save_file(state_dict("tiny-keys.json"), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_unet(tiny_path) -> UNet:
+    return load_unet(tiny_path, TINY_UNET)
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tiny_path) -> VAE:
+    return load_vae(tiny_path)
+
+
+@pytest.fixture(scope="session")
+def shipped() -> StableDiffusion:
+    """The shipped model in float32 on the CPU."""
+    return StableDiffusion.load(device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def full_size(tmp_path_factory) -> Path:
+    """A full-size SD v1 checkpoint in float32: 4.3 GB."""
+    path = tmp_path_factory.mktemp("full") / "v1-float32.safetensors"
+    save_file(state_dict("sd-v1-keys.json"), path)
+    yield path
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
+def full_size_fp16(full_size) -> Path:
+    """The same in float16, as most public checkpoints are: 2.1 GB."""
+    path = full_size.parent / "v1-float16.safetensors"
+    tensors = load_file(full_size)
+    save_file({key: t.half() if t.is_floating_point() else t for key, t in tensors.items()}, path)
+    yield path
+    path.unlink()
+
+
+__all__ = ["SHIPPED", "TINY_UNET", "ModelConfig", "relative_error"]

@@ -1,0 +1,118 @@
+"""U-Net and VAE against the reference implementation's outputs, and against the properties they promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import relative_error
+from torch import nn
+
+from ldm import UNetConfig, VAEConfig
+from ldm.models.layers import to_map, to_tokens
+from ldm.models.unet import UNet, sinusoidal_embedding
+from ldm.models.vae import VAE, DiagonalGaussian
+
+SMALL = UNetConfig(channels=32, channel_mult=(1, 2), blocks_per_level=1, attention_levels=(0,), heads=2, context_dim=16)
+
+
+def test_unet_equals_reference(tiny_unet, golden):
+    eps = tiny_unet(golden["unet.x"], golden["unet.t"], golden["unet.context"])
+    assert relative_error(eps, golden["unet.eps"]) <= 1e-5
+
+
+def test_vae_encoder_equals_reference(tiny_vae, golden):
+    posterior = tiny_vae.encode(golden["vae.image"])
+    assert relative_error(posterior.mean, golden["vae.mean"]) <= 1e-5
+    assert relative_error(posterior.logvar, golden["vae.logvar"]) <= 1e-5
+
+
+def test_vae_decoder_equals_reference(tiny_vae, golden):
+    assert relative_error(tiny_vae.decode(golden["vae.latent"]), golden["vae.decoded"]) <= 1e-5
+
+
+def test_forward_is_the_three_functions_in_a_row(tiny_unet, golden):
+    x, t, context = golden["unet.x"], golden["unet.t"], golden["unet.context"]
+    shifts = tiny_unet.embed_time(t)
+    keys_values = tiny_unet.embed_context(context)
+    assert torch.equal(tiny_unet.predict(x, shifts, keys_values), tiny_unet(x, t, context))
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (16, 24), (9, 15), (2, 3), (64, 8)])
+def test_unet_takes_any_latent_size(tiny_unet, height, width):
+    x = torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(0))
+    eps = tiny_unet(x, torch.tensor([500]), torch.zeros(1, 77, 48))
+    assert eps.shape == x.shape
+    assert eps.isfinite().all()
+
+
+@pytest.mark.parametrize("in_channels", [4, 8, 9])
+def test_unet_input_channels(in_channels):
+    unet = UNet(UNetConfig(in_channels=in_channels, channels=32, channel_mult=(1,), heads=2, context_dim=8))
+    assert unet(torch.randn(1, in_channels, 8, 8), torch.tensor([1]), torch.randn(1, 3, 8)).shape == (1, 4, 8, 8)
+
+
+def test_time_embedding_against_the_formula():
+    t = torch.tensor([0.0, 1.0, 500.5, 999.0])
+    frequencies = 10_000.0 ** (-torch.arange(160, dtype=torch.float64) / 160)
+    angles = t.double()[:, None] * frequencies
+    expected = torch.cat([angles.cos(), angles.sin()], dim=1)
+    assert (sinusoidal_embedding(t, 320) - expected).abs().max() < 1e-4  # float32 angles of up to 1000
+
+
+def watch_layouts(network: nn.Module) -> dict[str, bool]:
+    """Record, for every layer with a feature map as output, whether it came out in channels_last memory."""
+    seen: dict[str, bool] = {}
+
+    def hook(name):
+        def record(module, args, output):
+            if isinstance(output, torch.Tensor) and output.ndim == 4 and min(output.shape[1:]) > 1:
+                seen[name] = output.is_contiguous(memory_format=torch.channels_last)
+
+        return record
+
+    for name, module in network.named_modules():
+        module.register_forward_hook(hook(name))
+    return seen
+
+
+def test_unet_stays_channels_last():
+    unet = UNet(SMALL).to(memory_format=torch.channels_last)
+    seen = watch_layouts(unet)
+    unet(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 5, 16))
+    assert len(seen) > 20
+    assert all(seen.values()), [name for name, last in seen.items() if not last]
+
+
+def test_vae_stays_channels_last():
+    vae = VAE(VAEConfig(channels=32, channel_mult=(1, 2), blocks_per_level=1)).to(memory_format=torch.channels_last)
+    seen = watch_layouts(vae)
+    vae.decode(vae.encode(torch.randn(1, 3, 16, 16)).mode())
+    assert len(seen) > 20
+    assert all(seen.values()), [name for name, last in seen.items() if not last]
+
+
+def test_tokens_are_views_of_feature_maps():
+    x = torch.randn(2, 6, 4, 5).to(memory_format=torch.channels_last)
+    tokens = to_tokens(x)
+    assert tokens.data_ptr() == x.data_ptr()
+    assert tokens.is_contiguous()
+    assert to_map(tokens, like=x).data_ptr() == x.data_ptr()
+    assert torch.equal(to_map(tokens, like=x), x)
+
+
+def test_gaussian_kl_against_torch_distributions():
+    g = torch.Generator().manual_seed(0)
+    mean, logvar = torch.randn(2, 3, 4, 4, generator=g).double(), torch.randn(2, 3, 4, 4, generator=g).double()
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0.0, 1.0)).sum((1, 2, 3))
+    assert torch.allclose(DiagonalGaussian(mean, logvar).kl(), expected)
+
+
+def test_gaussian_samples():
+    posterior = DiagonalGaussian(torch.full((1, 4, 64, 64), 3.0), torch.full((1, 4, 64, 64), 2.0).log() * 2)
+    draw = posterior.sample(torch.Generator().manual_seed(0))
+    assert torch.equal(draw, posterior.sample(torch.Generator().manual_seed(0)))
+    assert draw.mean().item() == pytest.approx(3.0, abs=0.1)
+    assert draw.std().item() == pytest.approx(2.0, abs=0.1)
+    assert torch.equal(posterior.mode(), posterior.mean)
+    assert DiagonalGaussian(torch.zeros(1), torch.tensor([99.0])).logvar == 20.0
