@@ -1,11 +1,16 @@
 """The hyperparameters of a model: frozen, complete, and Stable Diffusion v1's by default.
 
-Nothing here imports torch; a config is data that every floor above may read.
+Nothing here imports torch; a config is data that every floor above may read. Sizes that do not fit raise ValueError.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+
+def _check_divides(part: str, parts: int, whole: str, size: int) -> None:
+    if parts < 1 or size < 1 or size % parts:
+        raise ValueError(f"{part} is {parts}, which does not divide {whole}, {size}")
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,11 @@ class UNetConfig:
     context_dim: int = 768
     norm_groups: int = 32
 
+    def __post_init__(self) -> None:
+        for mult in self.channel_mult:
+            _check_divides("heads", self.heads, "the width of a level", mult * self.channels)
+            _check_divides("norm_groups", self.norm_groups, "the width of a level", mult * self.channels)
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -34,6 +44,10 @@ class VAEConfig:
     blocks_per_level: int = 2
     scale_factor: float = 0.18215
     norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        for mult in self.channel_mult:
+            _check_divides("norm_groups", self.norm_groups, "the width of a level", mult * self.channels)
 
     @property
     def downsampling(self) -> int:
@@ -52,6 +66,9 @@ class TextConfig:
     mlp_width: int = 3072
     max_length: int = 77
     activation: str = "quick_gelu"
+
+    def __post_init__(self) -> None:
+        _check_divides("heads", self.heads, "width", self.width)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from conftest import relative_error
 from torch import nn
 
 from ldm import UNetConfig, VAEConfig
-from ldm.models.layers import to_map, to_tokens
+from ldm.models.layers import GroupNorm, to_map, to_tokens
 from ldm.models.unet import UNet, sinusoidal_embedding
 from ldm.models.vae import VAE, DiagonalGaussian
 
@@ -116,3 +116,26 @@ def test_gaussian_samples():
     assert draw.std().item() == pytest.approx(2.0, abs=0.1)
     assert torch.equal(posterior.mode(), posterior.mean)
     assert DiagonalGaussian(torch.zeros(1), torch.tensor([99.0])).logvar == 20.0
+
+
+@pytest.mark.parametrize("size", [(1, 64, 65, 80), (2, 64, 160, 96), (1, 32, 300, 300)])
+def test_large_group_norms_are_exact(size):
+    g = torch.Generator().manual_seed(0)
+    x = (torch.randn(size, generator=g) * 1.5 + 0.7).to(memory_format=torch.channels_last)
+    norm = GroupNorm(32, size[1], eps=1e-6)
+    norm.weight.normal_(generator=g)
+    norm.bias.normal_(generator=g)
+    y = norm(x)
+    expected = nn.functional.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), 1e-6)
+    assert relative_error(y, expected) < 2e-7
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(norm.bfloat16()(x.bfloat16()), expected) < 1e-2
+
+
+def test_large_group_norms_train():
+    norm = GroupNorm(2, 4).double()
+    exact = nn.GroupNorm(2, 4).double()
+    x = torch.randn(1, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        ours, theirs = norm._from_row_sums(x).sin().sum(), exact(x).sin().sum()
+        assert torch.allclose(torch.autograd.grad(ours, x)[0], torch.autograd.grad(theirs, x)[0], atol=1e-6)

@@ -98,6 +98,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return _open_folder(path)
     tensors, ignored = drop_ignored(read_tensors(path))
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no network")
     detect.check_family(tensors, str(path))
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -146,10 +148,15 @@ def _part(
     if (name, spelling) == ("vae", "diffusers"):
         for old, new in DIFFUSERS_VAE_ALIASES.items():
             tensors = {key.replace(old, new): tensor for key, tensor in tensors.items()}
-    if json is not None:
-        config = FROM_JSON[name](json, where)
-    else:
-        config = _config_from_shapes(name, where, prefix, spelling, tensors)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    try:
+        config = FROM_JSON[name](json, where) if json is not None else _from_shapes(name, where, spelling, shapes)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{where}: the {LABELS[name]} is incomplete: {prefix}{error.args[0]} is missing"
+        ) from error
+    except (IndexError, ValueError) as error:
+        raise CheckpointError(f"{where}: this {LABELS[name]} cannot be built: {error}") from error
     return Part(where, prefix, spelling, tensors, config)
 
 
@@ -160,24 +167,14 @@ FROM_JSON: dict[str, Callable[[detect.Json, str], UNetConfig | VAEConfig | TextC
 }
 
 
-def _config_from_shapes(
-    name: str, where: str, prefix: str, spelling: str, tensors: Mapping[str, Tensor]
-) -> UNetConfig | VAEConfig | TextConfig:
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    try:
-        if name == "vae":
-            return detect.vae_from_shapes(shapes, spelling, where)
-        if name == "text":
-            return detect.text_from_shapes(shapes)
-        if spelling == "diffusers":
-            raise CheckpointError(f"{where}: a U-Net in diffusers' names needs its config.json beside it")
-        return detect.unet_from_shapes(shapes, where)
-    except KeyError as error:
-        raise CheckpointError(
-            f"{where}: the {LABELS[name]} is incomplete: {prefix}{error.args[0]} is missing"
-        ) from error
-    except (IndexError, ValueError) as error:
-        raise CheckpointError(f"{where}: the {LABELS[name]} has tensors of the wrong shape") from error
+def _from_shapes(name: str, where: str, spelling: str, shapes: detect.Shapes) -> UNetConfig | VAEConfig | TextConfig:
+    if name == "vae":
+        return detect.vae_from_shapes(shapes, spelling, where)
+    if name == "text":
+        return detect.text_from_shapes(shapes)
+    if spelling == "diffusers":
+        raise CheckpointError(f"{where}: a U-Net in diffusers' names needs its config.json beside it")
+    return detect.unet_from_shapes(shapes, where)
 
 
 # The folders of a diffusers model, and the weights in them: the plain file first, then half precision, then pickles.

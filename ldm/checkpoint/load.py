@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.files import read_json
-from ldm.checkpoint.layouts import LABELS, Checkpoint, Part, describe, open_checkpoint
+from ldm.checkpoint.layouts import Checkpoint, Part, describe, open_checkpoint
 from ldm.checkpoint.names import Row, text_names, unet_names, vae_names
 from ldm.config import SD_V1, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.errors import CheckpointError
@@ -99,11 +99,8 @@ def _load(checkpoint: Checkpoint, path: Path, name: str, config: Any, device: De
     part = checkpoint.part(name, path)
     config = config or part.config
     extra = [load_tokenizer(checkpoint.tokenizer_folder, config, path)] if name == "text" else []
-    try:
-        with torch.device("meta"):
-            network = {"unet": UNet, "vae": VAE, "text": TextEncoder}[name](config, *extra)
-    except (ValueError, ZeroDivisionError) as error:  # widths that groups or heads do not divide
-        raise CheckpointError(f"{part.where}: no {LABELS[name]} can be built from {config} ({error})") from error
+    with torch.device("meta"):
+        network = {"unet": UNet, "vae": VAE, "text": TextEncoder}[name](config, *extra)
     fill(network, part, NAMES[name](config), device, dtype)
     if isinstance(network, TextEncoder):  # a constant, which files store in many dtypes or not at all
         network.transformer.embeddings.position_ids = torch.arange(config.max_length, device=device)[None]

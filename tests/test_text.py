@@ -1,0 +1,122 @@
+"""Tokenizer and text encoder against transformers' own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import resources
+
+import pytest
+import torch
+import transformers
+from conftest import SHIPPED, relative_error
+
+from ldm import TextConfig
+from ldm.checkpoint import load_text
+from ldm.checkpoint.load import load_tokenizer
+from ldm.models.text import TextEncoder
+from ldm.models.tokenizer import build_tokenizer, shipped_vocabulary
+
+SMALL = TextConfig(width=32, layers=2, heads=2, mlp_width=64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(*shipped_vocabulary(), max_length=77)
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    torch.manual_seed(0)
+    return TextEncoder(SMALL, tokenizer).eval()
+
+
+def test_shipped_table_is_openais():
+    table = resources.files("ldm.models").joinpath("clip_bpe/bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    assert hashlib.sha256(table).hexdigest() == "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+    assert "Copyright (c) 2021 OpenAI" in resources.files("ldm.models").joinpath("clip_bpe/LICENSE").read_text()
+
+
+def test_vocabulary(tokenizer):
+    vocabulary, merges = shipped_vocabulary()
+    assert len(vocabulary) == len(tokenizer) == 49408
+    assert len(merges) == 48894
+    assert vocabulary["!"] == 0  # as in CLIP's vocab.json, whose ends and seams these are
+    assert vocabulary["ÿ"] == 187
+    assert vocabulary["Ń"] == 255
+    assert vocabulary["!</w>"] == 256
+    assert vocabulary["in"] == 512
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (49406, 49407, 49407)
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("a photograph of an astronaut riding a horse", [320, 8853, 539, 550, 18376, 6765, 320, 4558]),
+        ("A  Photograph\tof\nAN astronaut riding a horse", [320, 8853, 539, 550, 18376, 6765, 320, 4558]),
+        ("", []),
+        ("it's 2024!", [585, 568, 273, 271, 273, 275, 256]),
+    ],
+)
+def test_token_ids(tokenizer, text, ids):
+    assert tokenizer(text)["input_ids"] == [49406, *ids, 49407]
+
+
+def test_ids_are_padded_with_the_end_token(encoder):
+    ids = encoder.tokenize(["a horse", ""])
+    assert ids.shape == (2, 77)
+    assert ids[0].tolist() == [49406, 320, 4558] + [49407] * 74
+    assert ids[1].tolist() == [49406] + [49407] * 76
+
+
+def test_longer_prompts_are_cut_and_the_rest_is_named(encoder, caplog):
+    ids = encoder.tokenize(["a " * 75 + "horse in a hat"])
+    assert ids.shape == (1, 77)
+    assert ids[0, -2:].tolist() == [320, 49407]
+    assert "'horse in a hat'" in caplog.text
+    assert "79 tokens" in caplog.text
+    caplog.clear()
+    encoder.tokenize(["a " * 75])
+    assert not caplog.text
+
+
+def test_states_equal_transformers(encoder):
+    """Whichever version of transformers is installed, our keys are the same and lead to its own result."""
+    model = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, hidden_act="quick_gelu"
+        )
+    ).eval()
+    getattr(model, "text_model", model).load_state_dict(encoder.transformer.state_dict())
+    ids = encoder.tokenize(["a horse", "a photograph of an astronaut"])
+    states = encoder.encode(["a horse", "a photograph of an astronaut"])
+    assert states.shape == (2, 77, 32)
+    assert relative_error(states, model(input_ids=ids).last_hidden_state) == 0
+    assert "transformer.embeddings.token_embedding.weight" in encoder.state_dict()
+
+
+def test_tokenizer_of_a_folder(tmp_path):
+    """A model's own tokenizer is used, from vocab.json and merges.txt or from tokenizer.json alike."""
+    config = load_text(SHIPPED).config
+    both = load_tokenizer(SHIPPED / "tokenizer", config, SHIPPED)
+    (tmp_path / "tokenizer.json").write_bytes((SHIPPED / "tokenizer" / "tokenizer.json").read_bytes())
+    single = load_tokenizer(tmp_path, config, tmp_path)
+    for text, ids in TOKENS_OF_SHIPPED_MODEL.items():
+        assert both(text)["input_ids"] == single(text)["input_ids"] == ids
+
+
+TOKENS_OF_SHIPPED_MODEL = {  # by the library that wrote its files
+    "a large red circle on a blue background": [604, 320, 574, 572, 589, 518, 320, 558, 521, 605],
+    "Zebra!": [604, 89, 68, 65, 81, 320, 256, 605],
+    "": [604, 605],
+}
+
+
+def test_folder_tokenizer_faults(tmp_path):
+    from ldm.errors import CheckpointError
+
+    with pytest.raises(CheckpointError, match=r"knows 606 tokens, the tokenizer 49408"):
+        load_tokenizer(None, TextConfig(vocab_size=606), tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": ["a"], "merges": []}}))
+    with pytest.raises(CheckpointError, match="not a CLIP tokenizer"):
+        load_tokenizer(tmp_path, TextConfig(), tmp_path)
