@@ -46,8 +46,8 @@ class Request:
 
     def _faults(self) -> Iterator[str]:
         for name in ("prompt", "negative_prompt"):
-            if not isinstance(getattr(self, name), str):
-                yield f"{name} is {getattr(self, name)!r}: use text"
+            if not _is_text(getattr(self, name)):
+                yield f"{name} is {getattr(self, name)!r}: use text in valid Unicode"
         yield from self._out_of_range("steps", int, 1, MAX_STEPS)
         yield from self._out_of_range("cfg_scale", float, 0, 1000)
         yield from self._out_of_range("eta", float, 0, 1)
@@ -95,6 +95,11 @@ class Request:
         if not isinstance(values, dict) or "prompt" not in values or not values.keys() <= known:
             raise RequestError(f"a request must be a JSON object of a prompt and any of {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def _is_text(value: object) -> bool:
+    """A lone surrogate, which is how Python reads bytes that are not UTF-8, is in no text."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _not_a_multiple(name: str, size: int) -> list[str]:

@@ -1,0 +1,250 @@
+"""The whole way of a prompt, on the shipped model: judged by pixels and by the noise it starts from."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ldm import Request, StableDiffusion
+from ldm.errors import CheckpointError, NumericalError, RequestError
+from ldm.images import to_tensor
+
+PROMPT = "a large red circle on a blue background"
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def is_red(image: Image.Image) -> np.ndarray:
+    red, green, blue = np.moveaxis(pixels(image), -1, 0)
+    return (red > 150) & (green < 110) & (blue < 110)
+
+
+def is_blue(image: Image.Image) -> np.ndarray:
+    red, green, blue = np.moveaxis(pixels(image), -1, 0)
+    return (blue > 150) & (red < 110) & (green < 130)
+
+
+def assert_red_circle_on_blue(image: Image.Image) -> None:
+    red, blue = is_red(image), is_blue(image)
+    rows, columns = np.nonzero(red)
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    assert red.sum() > 500  # large
+    assert 0.85 < width / height < 1.18  # round: as wide as high,
+    assert red.sum() / (width * height) == pytest.approx(np.pi / 4, abs=0.08)  # and filling its box as a disc does
+    assert (red | blue)[:, [0, -1]].all()
+    outside = (np.arange(64)[:, None] - rows.mean()) ** 2 + (np.arange(64) - columns.mean()) ** 2 > (width / 2 + 4) ** 2
+    assert blue[outside].mean() > 0.98  # the rest is blue
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 25), ("plms", 50), ("ddpm", 100)])
+def test_a_red_circle_is_drawn(shipped, sampler, steps):
+    [image] = shipped.txt2img(PROMPT, seed=1, sampler=sampler, steps=steps)
+    assert image.size == (64, 64)
+    assert_red_circle_on_blue(image)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_red_circle_is_drawn_in_half_precision(dtype):
+    [image] = StableDiffusion.load(device="cpu", dtype=dtype).txt2img(PROMPT, seed=1)
+    assert_red_circle_on_blue(image)
+
+
+def test_guidance_and_negative_prompts_matter(shipped):
+    plain, unguided, negative = (
+        shipped.txt2img(PROMPT, seed=1, steps=10, **fields)[0]
+        for fields in ({}, {"cfg_scale": 1}, {"negative_prompt": "a large green star on a white background"})
+    )
+    assert np.abs(pixels(plain) - pixels(unguided)).max() > 10
+    assert np.abs(pixels(plain) - pixels(negative)).max() > 10
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{}, {"eta": 1.0}, {"sampler": "plms"}, {"sampler": "ddpm"}], ids=str)
+def test_an_image_is_the_same_in_any_batch(shipped, fields):
+    [alone] = shipped.txt2img(PROMPT, seed=7, steps=10, **fields)
+    batch = shipped.txt2img(PROMPT, seed=5, batch_size=4, steps=10, **fields)
+    elsewhere = shipped.txt2img(PROMPT, seed=7, batch_size=4, steps=10, **fields)
+    assert np.abs(pixels(alone) - pixels(batch[2])).max() <= 1
+    assert np.abs(pixels(alone) - pixels(elsewhere[0])).max() <= 1
+
+
+def test_starting_noise_is_the_same_bit_for_bit(shipped):
+    alone, batch = (
+        shipped._sampling(shipped.resolve(Request(prompt=PROMPT, seed=seed, batch_size=size)), None)[0]
+        for seed, size in [(7, 1), (5, 4)]
+    )
+    assert torch.equal(alone[0], batch[2])
+
+
+def test_the_same_request_gives_the_same_bytes(shipped):
+    first, second = (shipped.txt2img(PROMPT, seed=3, steps=5)[0].tobytes() for _ in range(2))
+    assert first == second
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+def test_resolved_requests_leave_nothing_open(shipped):
+    request = shipped.resolve(Request(prompt="a"))
+    assert (request.width, request.height) == (64, 64)
+    assert request.seed is not None
+    assert shipped.resolve(request) == request
+    assert shipped.resolve(Request(prompt="a", width=128)).width == 128
+    picture = Image.new("RGB", (100, 75))
+    resolved = shipped.resolve(Request(prompt="a", strength=0.5), picture)
+    assert (resolved.width, resolved.height) == (96, 72)
+
+
+def test_strength_and_image_go_together(shipped):
+    with pytest.raises(RequestError, match="strength and an initial image go together"):
+        shipped.generate(Request(prompt="a", strength=0.5))
+    with pytest.raises(RequestError, match="strength and an initial image go together"):
+        shipped.generate(Request(prompt="a"), Image.new("RGB", (64, 64)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 96), (72, 40), (8, 8)])
+def test_sizes(shipped, width, height):
+    [image] = shipped.txt2img(PROMPT, seed=0, steps=2, width=width, height=height)
+    assert image.size == (width, height)
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({"steps": 7}, 8),  # 1000 // 7 = 142 makes a grid of 8, as in the reference
+        ({"steps": 10}, 10),
+        ({"steps": 7, "sampler": "ddpm"}, 7),
+        ({"steps": 10, "strength": 0.75}, 7),
+        ({"steps": 10, "strength": 0.0}, 0),
+        ({"steps": 10, "strength": 1.0}, 10),
+    ],
+)
+def test_steps_that_are_run(shipped, fields, steps):
+    request = Request(prompt="a", seed=0, **fields)
+    image = Image.new("RGB", (64, 64)) if "strength" in fields else None
+    assert len(shipped.levels(request)) - 1 == steps
+    made = list(shipped.stream(request, image))
+    assert [step.index for step in made] == list(range(steps))
+
+
+def test_streamed_steps_end_in_the_image(shipped):
+    *_, last = shipped.stream(Request(prompt=PROMPT, seed=3, steps=5))
+    assert shipped.decode(last.x)[0].tobytes() == shipped.txt2img(PROMPT, seed=3, steps=5)[0].tobytes()
+    assert last.x0.shape == (1, 4, 8, 8)
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_progress_says_how_many_steps_are_run(shipped, capsys):
+    shipped.generate(Request(prompt="a", seed=0, steps=7), progress=True)
+    assert "8/8" in capsys.readouterr().err
+    shipped.generate(Request(prompt="a", seed=0, steps=7))
+    assert not capsys.readouterr().err
+
+
+# --- img2img ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def circle(shipped) -> Image.Image:
+    return shipped.txt2img(PROMPT, seed=1)[0]
+
+
+def test_img2img_at_strength_0_is_the_image_through_the_vae(shipped, circle):
+    [image] = shipped.img2img("a green star", circle, strength=0.0, seed=0)
+    with torch.no_grad():
+        through = shipped.vae.decode(shipped.vae.encode(to_tensor(circle)).mode())
+    assert np.abs(pixels(image) - pixels(shipped.decode(shipped.encode(circle))[0])).max() == 0
+    assert (to_tensor(image) - through.clamp(-1, 1)).abs().max() < 0.005
+    assert np.abs(pixels(image) - pixels(circle)).mean() < 8
+
+
+def test_img2img_keeps_more_at_lower_strength(shipped, circle):
+    changes = [
+        np.abs(
+            pixels(shipped.img2img("a large green square on a white background", circle, strength=s, seed=0)[0])
+            - pixels(circle)
+        ).mean()
+        for s in (0.1, 0.5, 0.95)
+    ]
+    assert changes[0] < changes[1] < changes[2]
+
+
+def test_img2img_recolours(shipped, circle):
+    [image] = shipped.img2img("a large red circle on a green background", circle, strength=0.9, seed=0)
+    assert is_blue(image).mean() < 0.05
+    assert is_red(image).mean() > 0.1
+
+
+def test_img2img_in_a_batch_and_resized(shipped, circle):
+    big = circle.resize((150, 90))
+    [alone] = shipped.img2img(PROMPT, big, seed=6, steps=8)
+    batch = shipped.img2img(PROMPT, big, seed=5, steps=8, batch_size=2)
+    assert alone.size == (144, 88)
+    assert np.abs(pixels(alone) - pixels(batch[1])).max() <= 1
+    assert shipped.img2img(PROMPT, big, seed=6, steps=2, width=64, height=64)[0].size == (64, 64)
+
+
+# --- when arithmetic or memory fail -----------------------------------------------------------------------------------
+
+
+class Overflowing(nn.Module):
+    """A VAE whose half-precision results are NaN."""
+
+    def __init__(self, vae, also_in_float32=False):
+        super().__init__()
+        self.vae, self.also_in_float32 = vae, also_in_float32
+
+    def decode(self, z):
+        image = self.vae.decode(z)
+        return image * float("nan") if self.also_in_float32 or image.dtype != torch.float32 else image
+
+
+def test_black_images_are_decoded_again_in_float32(shipped, caplog):
+    half = StableDiffusion.load(device="cpu", dtype="bfloat16")
+    latents = shipped.encode(Image.new("RGB", (64, 64), "red"))
+    with caplog.at_level(logging.WARNING):
+        [image] = replace(half, vae=Overflowing(half.vae)).decode(latents)
+    assert "the VAE overflowed in bfloat16: decoding again in float32" in caplog.text
+    assert np.abs(pixels(image) - pixels(shipped.decode(latents)[0])).max() <= 3
+    assert half.vae.decoder.conv_in.weight.dtype == torch.bfloat16
+    with pytest.raises(NumericalError, match="weights are damaged"):
+        replace(half, vae=Overflowing(half.vae, also_in_float32=True)).decode(latents)
+
+
+def test_overflowing_latents_are_an_error(shipped):
+    with pytest.raises(NumericalError, match="use dtype float32"):
+        shipped.decode(torch.full((1, 4, 8, 8), float("nan")))
+
+
+def test_guidance_is_split_when_memory_is_short(shipped, monkeypatch, caplog):
+    expected = shipped.txt2img(PROMPT, seed=1, steps=5)[0]
+    predict = type(shipped.unet).predict
+
+    def cramped(self, x, shifts, keys_values):
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(self, x, shifts, keys_values)
+
+    monkeypatch.setattr(type(shipped.unet), "predict", cramped)
+    [image] = shipped.txt2img(PROMPT, seed=1, steps=5)
+    assert np.abs(pixels(image) - pixels(expected)).max() <= 1
+    assert caplog.text.count("out of memory") == 1
+
+
+def test_a_model_is_shipped(monkeypatch, tmp_path):
+    from ldm import pipeline
+
+    assert (pipeline.shipped_model() / "model_index.json").is_file()
+    monkeypatch.setattr(pipeline, "__file__", str(tmp_path / "ldm" / "pipeline.py"))
+    with pytest.raises(CheckpointError, match="carries no model"):
+        pipeline.shipped_model()

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm.errors import RequestError
+from ldm.runtime import device as devices
+from ldm.runtime.memory import first_that_fits
+from ldm.runtime.noise import seeded_noise
+
+CPU = torch.device("cpu")
+
+
+def test_noise_is_the_same_in_any_batch():
+    """Seed 7 alone, in a batch of four, and at another place in it, over several draws: bit for bit."""
+    shape = (4, 8, 8)
+    alone, batch, shuffled = (seeded_noise(seeds, shape, CPU) for seeds in ([7], [5, 6, 7, 8], [7, 3, 9, 1]))
+    for _ in range(5):
+        a, b, c = alone(), batch(), shuffled()
+        assert torch.equal(a[0], b[2])
+        assert torch.equal(a[0], c[0])
+        assert a.dtype == torch.float32
+
+
+def test_noise_is_torchs_own():
+    expected = torch.randn(
+        1, 4, 8, 8, generator=torch.Generator().manual_seed(42)
+    )  # what a seed means in A1111 on a CPU
+    assert torch.equal(seeded_noise([42], (4, 8, 8), CPU)(), expected)
+
+
+def test_largest_seed():
+    assert seeded_noise([2**64 - 1], (4, 8, 8), CPU)().isfinite().all()
+
+
+def test_out_of_memory_moves_on_to_the_next_plan_for_good(caplog):
+    calls = []
+
+    def plan(name, fits):
+        def run(x):
+            calls.append(name)
+            if not fits:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return x + 1
+
+        return run
+
+    run = first_that_fits({"a": plan("a", False), "b": plan("b", False), "c": plan("c", True)})
+    assert run(1) == 2
+    assert run(2) == 3
+    assert calls == ["a", "b", "c", "c"]
+    assert caplog.text.count("out of memory") == 2
+    with pytest.raises(torch.OutOfMemoryError):
+        first_that_fits({"a": plan("a", False)})(1)
+
+
+def test_devices(monkeypatch):
+    assert devices.pick_device("cpu") == CPU
+    with pytest.raises(RequestError, match="device is 'tpu': this machine has"):
+        devices.pick_device("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert devices.pick_device("auto").type == "cuda"
+    assert devices.pick_device("cuda:1").index == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RequestError, match="device is 'cuda'"):
+        devices.pick_device("cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert devices.pick_device("auto").type == "mps"
+
+
+def test_dtypes(monkeypatch):
+    for computes, expected in [(True, torch.bfloat16), (False, torch.float32)]:
+        monkeypatch.setattr(devices, "cpu_computes_bfloat16", lambda computes=computes: computes)
+        assert devices.pick_dtype("auto", CPU) == expected
+    assert devices.pick_dtype("auto", torch.device("cuda")) == torch.float16
+    assert devices.pick_dtype("auto", torch.device("mps")) == torch.float16
+    assert devices.pick_dtype("bf16", CPU) == torch.bfloat16
+    with pytest.raises(RequestError, match="dtype is 'int8': use one of auto"):
+        devices.pick_dtype("int8", CPU)
