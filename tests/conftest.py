@@ -26,6 +26,23 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+PARITY: dict[str, tuple[float, float]] = {}
+
+
+def assert_parity(what: str, actual: Tensor, expected: Tensor, bound: float) -> None:
+    """The relative error is within its bound; the table of all of them is printed after the tests."""
+    error = relative_error(actual, expected)
+    PARITY[what] = error, bound
+    assert error <= bound
+
+
+def pytest_terminal_summary(terminalreporter):
+    if PARITY:
+        terminalreporter.section("relative L2 error, float32, CPU")
+    for what, (error, bound) in PARITY.items():
+        terminalreporter.write_line(f"{what:<60} {error:.1e}  (bound {bound:.0e})")
+
+
 @pytest.fixture(autouse=True)
 def no_grad():
     with torch.no_grad():

@@ -69,8 +69,8 @@ def test_img2img_script(tmp_path):
 def test_every_flag_reaches_the_request(capsys, tmp_path):
     [path] = make(
         capsys, "txt2img", "--prompt", "a", "--negative-prompt", "b", "--steps", 3, "--cfg-scale", 2,
-        "--sampler", "ddim", "--eta", 0.5, "--seed", 9, "-H", 72, "-W", 80, "--batch-size", 1, "--batch-count", 1, "--model", SHIPPED,
-        "--outdir", tmp_path, "--device", "cpu", "--dtype", "float32",
+        "--sampler", "ddim", "--eta", 0.5, "--seed", 9, "-H", 72, "-W", 80, "--batch-size", 1, "--batch-count", 1,
+        "--model", SHIPPED, "--outdir", tmp_path, "--device", "cpu", "--dtype", "float32",
     )  # fmt: skip
     assert read_request(path) == Request(
         prompt="a", negative_prompt="b", steps=3, cfg_scale=2.0, eta=0.5, seed=9, height=72, width=80

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import assert_parity, relative_error
 from torch import nn
 
 from ldm import UNetConfig, VAEConfig
@@ -17,17 +17,17 @@ SMALL = UNetConfig(channels=32, channel_mult=(1, 2), blocks_per_level=1, attenti
 
 def test_unet_equals_reference(tiny_unet, golden):
     eps = tiny_unet(golden["unet.x"], golden["unet.t"], golden["unet.context"])
-    assert relative_error(eps, golden["unet.eps"]) <= 1e-5
+    assert_parity("tiny U-Net, reference", eps, golden["unet.eps"], 1e-5)
 
 
 def test_vae_encoder_equals_reference(tiny_vae, golden):
     posterior = tiny_vae.encode(golden["vae.image"])
-    assert relative_error(posterior.mean, golden["vae.mean"]) <= 1e-5
-    assert relative_error(posterior.logvar, golden["vae.logvar"]) <= 1e-5
+    assert_parity("tiny VAE mean, reference", posterior.mean, golden["vae.mean"], 1e-5)
+    assert_parity("tiny VAE logvar, reference", posterior.logvar, golden["vae.logvar"], 1e-5)
 
 
 def test_vae_decoder_equals_reference(tiny_vae, golden):
-    assert relative_error(tiny_vae.decode(golden["vae.latent"]), golden["vae.decoded"]) <= 1e-5
+    assert_parity("tiny VAE decoded, reference", tiny_vae.decode(golden["vae.latent"]), golden["vae.decoded"], 1e-5)
 
 
 def test_forward_is_the_three_functions_in_a_row(tiny_unet, golden):

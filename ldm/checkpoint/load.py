@@ -150,8 +150,8 @@ def _core(shape: torch.Size) -> list[int]:
 
 
 def _place(tensor: Tensor, device: Device, dtype: torch.dtype) -> Tensor:
-    tensor = tensor.to(device, dtype)
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+    layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+    return tensor.to(device, dtype, memory_format=layout)
 
 
 def load_tokenizer(folder: Path | None, config: TextConfig, where: Path) -> CLIPTokenizer:

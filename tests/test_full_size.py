@@ -1,0 +1,151 @@
+"""A full-size Stable Diffusion v1 checkpoint with made-up weights: against the reference, diffusers and transformers,
+and both scripts from end to end at 512×512."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import assert_parity
+from PIL import Image
+from safetensors.torch import load_file
+from synthetic import DATA
+from torch import nn
+
+from ldm.checkpoint import load_text, load_unet, load_vae
+from ldm.metadata import read_request
+from ldm.models.tokenizer import build_tokenizer, shipped_vocabulary
+
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    """Outputs of the reference implementation on the full-size model."""
+    return load_file(DATA / "golden-sd-v1.safetensors")
+
+
+@pytest.fixture(scope="module")
+def theirs(full_size, tmp_path_factory) -> diffusers.StableDiffusionPipeline:
+    """The same file as diffusers loads it, from configs on this disk."""
+    folder = tmp_path_factory.mktemp("configs")
+    classes = {
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **classes}))
+    with torch.device("meta"):
+        diffusers.UNet2DConditionModel(cross_attention_dim=768).save_config(folder / "unet")
+        diffusers.AutoencoderKL(
+            block_out_channels=[128, 256, 512, 512],
+            layers_per_block=2,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+        ).save_config(folder / "vae")
+    diffusers.DDIMScheduler(clip_sample=False, steps_offset=1).save_pretrained(folder / "scheduler")
+    transformers.CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    ).save_pretrained(folder / "text_encoder")
+    build_tokenizer(*shipped_vocabulary(), 77).save_pretrained(folder / "tokenizer")
+    return diffusers.StableDiffusionPipeline.from_single_file(
+        str(full_size), config=str(folder), local_files_only=True, safety_checker=None
+    )
+
+
+def test_unet(full_size, golden, theirs):
+    x, t, context = golden["unet.x"], golden["unet.t"], golden["unet.context"]
+    eps = load_unet(full_size)(x, t, context)
+    assert_parity("full-size U-Net, reference", eps, golden["unet.eps"], 1e-5)
+    assert_parity("full-size U-Net, diffusers", eps, theirs.unet(x, t, context).sample, 1e-5)
+
+
+def test_vae(full_size, golden, theirs):
+    vae = load_vae(full_size)
+    posterior = vae.encode(golden["vae.image"])
+    decoded = vae.decode(golden["vae.latent"])
+    assert_parity("full-size VAE mean, reference", posterior.mean, golden["vae.mean"], 1e-5)
+    assert_parity("full-size VAE logvar, reference", posterior.logvar, golden["vae.logvar"], 1e-5)
+    assert_parity("full-size VAE decoded, reference", decoded, golden["vae.decoded"], 1e-5)
+    their_posterior = theirs.vae.encode(golden["vae.image"]).latent_dist
+    assert_parity("full-size VAE mean, diffusers", posterior.mean, their_posterior.mean, 1e-5)
+    assert_parity("full-size VAE logvar, diffusers", posterior.logvar, their_posterior.logvar, 1e-5)
+    assert_parity("full-size VAE decoded, diffusers", decoded, theirs.vae.decode(golden["vae.latent"]).sample, 1e-5)
+
+
+PROMPTS = ["a photograph of an astronaut riding a horse", "", "Ünïcode & 日本 — it's 1234 😀 " * 3]
+
+
+def test_text_encoder(full_size, theirs):
+    text = load_text(full_size)
+    inputs = theirs.tokenizer(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    assert torch.equal(text.tokenize(PROMPTS), inputs["input_ids"])
+    states = text.encode(PROMPTS)
+    assert states.shape == (3, 77, 768)
+    by_diffusers = theirs.text_encoder(inputs["input_ids"]).last_hidden_state
+    assert_parity("full-size text encoder, diffusers", states, by_diffusers, 1e-5)
+    by_itself = by_transformers(full_size)(inputs["input_ids"]).last_hidden_state
+    assert_parity("full-size text encoder, transformers", states, by_itself, 1e-5)
+
+
+def by_transformers(path: Path) -> nn.Module:
+    """transformers' own model, its weights put under its own names."""
+    model = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+        )
+    )
+    prefix = "cond_stage_model.transformer.text_model."
+    weights = {key.removeprefix(prefix): t for key, t in load_file(path).items() if key.startswith(prefix)}
+    del weights["embeddings.position_ids"]
+    getattr(model, "text_model", model).load_state_dict(weights)
+    return model.eval()
+
+
+OFFLINE = """
+import re, socket, sys
+
+def refuse(*args, **kwargs):
+    raise SystemExit("the network was used")
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+from ldm.cli import main
+code = main(sys.argv[1:])
+with open("/proc/self/status") as status:  # getrusage would tell the parent's peak, if that is higher
+    peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read())[1])
+print("peak RSS", peak >> 10, "MiB", file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def test_txt2img_and_img2img_offline(full_size_fp16, tmp_path):
+    """From a prompt to a PNG at 512×512, and from that PNG to another, where any connection would end the program."""
+
+    def run(*args: object) -> Path:
+        command = [sys.executable, "-c", OFFLINE, *map(str, args), "--model", str(full_size_fp16)]
+        done = subprocess.run([*command, "--outdir", str(tmp_path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        print(args[0], done.stderr.splitlines()[-1])
+        assert "left out 12 tensors of noise schedule" in done.stderr
+        return Path(done.stdout.strip())
+
+    first = run("txt2img", "-p", "a horse", "-n", "a cow", "--steps", 4, "--seed", 1)
+    second = run("img2img", "-p", "a horse", "--steps", 4, "--strength", 0.5, "--seed", 1, "--init-img", first)
+    for path in (first, second):
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            assert image.size == (512, 512)
+            assert np.asarray(image).std() > 1  # noise, but not a blank sheet
+    assert read_request(second).strength == 0.5
