@@ -92,5 +92,14 @@ class ModelConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     image_size: int = 512
 
+    def __post_init__(self) -> None:
+        unet, vae, text = self.unet, self.vae, self.text
+        if unet.context_dim != text.width:
+            raise ValueError(f"the U-Net attends to {unet.context_dim} channels, the text has {text.width}")
+        if unet.out_channels != vae.latent_channels:
+            raise ValueError(
+                f"the U-Net makes {unet.out_channels} latent channels, the VAE reads {vae.latent_channels}"
+            )
+
 
 SD_V1 = ModelConfig()

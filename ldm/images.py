@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,18 +14,15 @@ from torch import Tensor
 
 from ldm.errors import ImageError
 
-MAX_PIXELS = 100_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # decoders with no programs behind them
 
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:
     """An RGB image, upright (EXIF), transparent parts over white. Raises ImageError."""
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageError(
-                f"{source}: {image.width}×{image.height} pixels; at most {MAX_PIXELS // 10**6} megapixels are read"
-            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # past Pillow's limit of 89 megapixels
+            image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits to white
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
@@ -33,7 +31,7 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
         return image.convert("RGB")
     except FileNotFoundError as error:
         raise ImageError(f"{source}: no such image") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{source}: not a readable image ({error}); use one of {', '.join(FORMATS)}") from error
 
 

@@ -106,6 +106,11 @@ class StableDiffusion:
         """The request with nothing left open: with a size and a seed. Raises RequestError."""
         if (image is None) != (request.strength is None):
             raise RequestError("strength and an initial image go together: give both or neither")
+        if self.config.unet.in_channels != self.config.vae.latent_channels:
+            raise RequestError(
+                f"{self.name} takes {self.config.unet.in_channels} channels, for inpainting or editing: "
+                f"use a model that takes {self.config.vae.latent_channels}"
+            )
         native = (self.config.image_size,) * 2 if image is None else image.size
         width, height = (size - size % SIZE_MULTIPLE for size in native)
         return replace(request, seed=request.seeds()[0], width=request.width or width, height=request.height or height)

@@ -28,7 +28,7 @@ def option(default: Any, help: str) -> Any:
 class Request:
     """What to generate; None leaves a choice to the model. Raises RequestError naming every fault at once."""
 
-    prompt: str = field(metadata={"help": "what the picture should show"})
+    prompt: str = field(kw_only=False, metadata={"help": "what the picture should show"})
     negative_prompt: str = option("", "what it should not show")
     steps: int = option(25, f"denoising steps, 1 to {MAX_STEPS}")
     cfg_scale: float = option(7.5, "classifier-free guidance scale; 1 is none")

@@ -342,6 +342,8 @@ def test_pickles_run_no_code(tmp_path, capsys):
         ("vae/config.json", {"shift_factor": 0.1}, "only None is supported"),
         ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "whole number from 1 to 256"),
         ("text_encoder/config.json", {"hidden_act": "relu"}, "quick_gelu or gelu"),
+        ("text_encoder/config.json", {"hidden_size": 64}, "the U-Net attends to 128 channels, the text has 64"),
+        ("vae/config.json", {"latent_channels": 8}, "the VAE reads 8"),
         ("text_encoder/config.json", {"num_attention_heads": 5}, "heads is 5, which does not divide width, 128"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "epsilon or v_prediction"),
     ],

@@ -151,6 +151,13 @@ def test_progress_says_how_many_steps_are_run(shipped, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("channels", [8, 9])
+def test_models_for_editing_are_refused(shipped, channels):
+    config = replace(shipped.config, unet=replace(shipped.config.unet, in_channels=channels))
+    with pytest.raises(RequestError, match=f"takes {channels} channels"):
+        replace(shipped, config=config).txt2img("a")
+
+
 # --- img2img ----------------------------------------------------------------------------------------------------------
 
 

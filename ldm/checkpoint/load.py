@@ -52,14 +52,13 @@ def load_model(
     """
     path = Path(path)
     checkpoint = open_checkpoint(path)
-    if config is None:
-        config = ModelConfig(
-            unet=checkpoint.part("unet", path).config,
-            vae=checkpoint.part("vae", path).config,
-            text=checkpoint.part("text", path).config,
-            schedule=checkpoint.schedule,
-            image_size=checkpoint.image_size or SD_V1.image_size,
+    parts = {name: checkpoint.part(name, path).config for name in NAMES}
+    try:
+        config = config or ModelConfig(
+            **parts, schedule=checkpoint.schedule, image_size=checkpoint.image_size or SD_V1.image_size
         )
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its parts are of different models: {error}") from error
     for reason, count in checkpoint.ignored.items():
         log.info("%s: left out %d tensors of %s", path, count, reason)
     return Model(

@@ -140,7 +140,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.from_file is None:
         return [args.prompt]
     try:
-        lines = args.from_file.read_text(encoding="utf-8").splitlines()
+        lines = args.from_file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise RequestError(f"{args.from_file}: not a text file in UTF-8") from error
     prompts = [line.strip() for line in lines if line.strip()]

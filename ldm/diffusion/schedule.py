@@ -84,7 +84,8 @@ class NoiseSchedule:
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at timesteps t (b,), shaped to broadcast over `like`."""
         alphas_cumprod = self.alphas_cumprod[t.cpu()].view(-1, *[1] * (like.ndim - 1))
-        return alphas_cumprod.sqrt().to(like), (1 - alphas_cumprod).sqrt().to(like)
+        alpha, sigma = alphas_cumprod.sqrt().to(like.dtype), (1 - alphas_cumprod).sqrt().to(like.dtype)
+        return alpha.to(like.device), sigma.to(like.device)  # after the dtype: not every device has float64
 
 
 def uniform_timesteps(total: int, steps: int) -> list[int]:
