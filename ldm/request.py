@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from reprlib import repr as brief
 from typing import Any
 
 from ldm.config import ScheduleConfig
@@ -47,7 +48,7 @@ class Request:
     def _faults(self) -> Iterator[str]:
         for name in ("prompt", "negative_prompt"):
             if not _is_text(getattr(self, name)):
-                yield f"{name} is {getattr(self, name)!r}: use text in valid Unicode"
+                yield f"{name} is {brief(getattr(self, name))}: use text in valid Unicode"
         yield from self._out_of_range("steps", int, 1, MAX_STEPS)
         yield from self._out_of_range("cfg_scale", float, 0, 1000)
         yield from self._out_of_range("eta", float, 0, 1)
@@ -60,7 +61,7 @@ class Request:
             if (size := getattr(self, name)) is not None:
                 yield from self._out_of_range(name, int, SIZE_MULTIPLE, MAX_SIZE) or _not_a_multiple(name, size)
         if self.sampler not in samplers.NAMES:
-            yield f"sampler is {self.sampler!r}: use one of {', '.join(samplers.NAMES)}"
+            yield f"sampler is {brief(self.sampler)}: use one of {', '.join(samplers.NAMES)}"
         elif self.eta and not samplers.SAMPLERS[self.sampler].takes_eta:
             yield f"eta is {self.eta}: {self.sampler} has none, leave it at 0"
 
@@ -70,7 +71,7 @@ class Request:
         if numeric and math.isfinite(value) and least <= value <= most:
             return []
         noun = "a number" if kind is float else "a whole number"
-        return [f"{name} is {value!r}: use {noun} from {least} to {most}"]
+        return [f"{name} is {brief(value)}: use {noun} from {least} to {most}"]
 
     def seeds(self) -> list[int]:
         """The seed of each image; they count up from the request's own, or from a random one."""

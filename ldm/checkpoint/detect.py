@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from reprlib import repr as brief
 from typing import Any
 
 from ldm.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
@@ -148,7 +149,7 @@ class _Reader:
                 raise self.error(key, f"{value!r}")
 
     def error(self, key: str, allowed: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {key} is {self.json.get(key)!r}; only {allowed} is supported")
+        return CheckpointError(f"{self.where}: {key} is {brief(self.json.get(key))}; only {allowed} is supported")
 
     def integer(self, key: str, default: int | None = None, most: int = 1 << 16) -> int:
         value = default if self.json.get(key) is None else self.json[key]
@@ -180,13 +181,13 @@ class _Reader:
 
 def unet_from_json(json: Json, where: str) -> UNetConfig:
     """The config of a U-Net from diffusers' unet/config.json."""
-    context_dim = json.get("cross_attention_dim")
-    if context_dim in OTHER_CONTEXT_DIMS:
-        raise refuse(OTHER_CONTEXT_DIMS[context_dim], where)
+    for context_dim, family in OTHER_CONTEXT_DIMS.items():
+        if json.get("cross_attention_dim") == context_dim:
+            raise refuse(family, where)
     read = _Reader(json, UNET_REQUIRED, where)
     widths = read.integers("block_out_channels")
     down = json.get("down_block_types")
-    if not isinstance(down, list) or len(down) != len(widths) or any(kind not in UP_BLOCK for kind in down):
+    if not isinstance(down, list) or len(down) != len(widths) or any(kind not in list(UP_BLOCK) for kind in down):
         raise read.error("down_block_types", f"{len(widths)} of {' and '.join(UP_BLOCK)}")
     up = [UP_BLOCK[kind] for kind in reversed(down)]
     if json.get("up_block_types") != up:
