@@ -13,6 +13,11 @@ def _check_divides(part: str, parts: int, whole: str, size: int) -> None:
         raise ValueError(f"{part} is {parts}, which does not divide {whole}, {size}")
 
 
+def _check_levels(channel_mult: tuple[int, ...], blocks_per_level: int) -> None:
+    if not channel_mult or blocks_per_level < 1:
+        raise ValueError(f"{len(channel_mult)} levels of {blocks_per_level} blocks: at least one of one is needed")
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """The cross-attention U-Net. `channel_mult[i] * channels` is the width of level i; level 0 has full resolution."""
@@ -28,6 +33,7 @@ class UNetConfig:
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
+        _check_levels(self.channel_mult, self.blocks_per_level)
         for mult in self.channel_mult:
             _check_divides("heads", self.heads, "the width of a level", mult * self.channels)
             _check_divides("norm_groups", self.norm_groups, "the width of a level", mult * self.channels)
@@ -46,6 +52,7 @@ class VAEConfig:
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
+        _check_levels(self.channel_mult, self.blocks_per_level)
         for mult in self.channel_mult:
             _check_divides("norm_groups", self.norm_groups, "the width of a level", mult * self.channels)
 

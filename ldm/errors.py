@@ -27,3 +27,12 @@ class ImageError(LdmError):
 
 class NumericalError(LdmError):
     """The networks produced NaN or infinity where a picture was expected."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, NumPy or torch, on any device, means that memory ran out. torch's differ in type."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY)
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "invalid buffer size")

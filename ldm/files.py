@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], object], overwrite: bool = True) -> None:
+def write_new(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then give it the name: the file appears whole, or not at all.
 
-    Raises FileExistsError where the path is taken and `overwrite` is off.
+    Raises FileExistsError where the path is taken.
     """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     temporary = Path(name)
@@ -20,10 +20,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object], overwrite: boo
         with os.fdopen(descriptor, "wb") as file:
             write(file)
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        if overwrite:
-            temporary.replace(path)
-        else:
-            _link(temporary, path)
+        _link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -19,20 +19,34 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # decoders with no prog
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:
     """An RGB image, upright (EXIF), transparent parts over white. Raises ImageError."""
+    name = "the image" if isinstance(source, Image.Image) else source
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # past Pillow's limit of 89 megapixels
-            image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
-        image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(source if isinstance(source, Image.Image) else open_image(source))
         if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits to white
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ImageError(f"{name}: pixels of 32 bits have no agreed range; save it with 8 or 16")
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:  # decoders of damaged files raise anything
+        raise ImageError(f"{name}: not a readable image ({error}); use one of {', '.join(FORMATS)}") from error
+
+
+def open_image(path: str | Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """An image file, decoded, with its text chunks in `info`. Raises ImageError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # past Pillow's limit of 89 megapixels
+            image = Image.open(path, formats=formats)
+        image.load()
     except FileNotFoundError as error:
-        raise ImageError(f"{source}: no such image") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{source}: not a readable image ({error}); use one of {', '.join(FORMATS)}") from error
+        raise ImageError(f"{path}: no such image") from error
+    except Exception as error:  # decoders of damaged files raise anything
+        raise ImageError(f"{path}: not a readable image ({error}); use one of {', '.join(formats)}") from error
+    return image
 
 
 def to_tensor(image: Image.Image) -> Tensor:

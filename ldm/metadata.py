@@ -6,6 +6,7 @@ whole Request as JSON, for machines.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from PIL import Image
@@ -13,21 +14,22 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.diffusion import samplers
 from ldm.errors import ImageError
-from ldm.files import write_atomic
+from ldm.files import write_new
+from ldm.images import open_image
 from ldm.request import Request
 
 PARAMETERS, REQUEST = "parameters", "request"
 
 
 def parameters(request: Request, steps: int, model: str) -> str:
-    """The text AUTOMATIC1111 would write; `steps` is how many were run, which may be more than were asked."""
+    """The text AUTOMATIC1111 would write; `steps` is the length of the sampler's grid, which may be more than asked."""
     settings = {
         "Steps": steps,
         "Sampler": samplers.SAMPLERS[request.sampler].label,
         "CFG scale": request.cfg_scale,
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
-        "Model": model,
+        "Model": _quoted(model),
     }
     if request.strength is not None:
         settings["Denoising strength"] = request.strength
@@ -41,22 +43,22 @@ def parameters(request: Request, steps: int, model: str) -> str:
     return "\n".join(lines)
 
 
+def _quoted(value: str) -> str:
+    """As AUTOMATIC1111 quotes a value that would otherwise read as several."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value
+
+
 def save_png(path: Path, image: Image.Image, request: Request, steps: int, model: str) -> None:
     """Write an image with its metadata, whole or not at all. Raises FileExistsError where the path is taken."""
     info = PngInfo()
     info.add_text(PARAMETERS, parameters(request, steps, model))
     info.add_text(REQUEST, request.to_json())
-    write_atomic(path, lambda file: image.save(file, "PNG", pnginfo=info), overwrite=False)
+    write_new(path, lambda file: image.save(file, "PNG", pnginfo=info))
 
 
 def read_request(path: str | Path) -> Request:
     """The Request a PNG of ours was made from. Raises ImageError, RequestError."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()  # text may stand behind the pixels
-            text = image.info.get(REQUEST)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ImageError(f"{path}: not a readable PNG ({error})") from error
+    text = open_image(path, formats=("PNG",)).info.get(REQUEST)
     if not isinstance(text, str):
         raise ImageError(f"{path}: carries no request; only images made by this program do")
     return Request.from_json(text)

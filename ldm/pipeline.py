@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,14 +25,12 @@ from ldm.images import load_image, to_image, to_tensor
 from ldm.models.text import TextEncoder
 from ldm.models.unet import KeyValue, UNet
 from ldm.models.vae import VAE
-from ldm.request import SIZE_MULTIPLE, Request
+from ldm.request import DEFAULT_STRENGTH, SIZE_MULTIPLE, Request
 from ldm.runtime.device import pick_device, pick_dtype
 from ldm.runtime.memory import first_that_fits
 from ldm.runtime.noise import seeded_noise
 
 log = logging.getLogger(__name__)
-
-DEFAULT_STRENGTH = 0.75
 
 
 def shipped_model() -> Path:
@@ -46,7 +44,7 @@ def shipped_model() -> Path:
 
 @dataclass(frozen=True)
 class StableDiffusion:
-    """A model, ready to use. Networks run in `dtype`; latents and sampler arithmetic are float32."""
+    """A model, ready to use. Networks hold weights and take tensors in `dtype`; latents between them are float32."""
 
     unet: UNet
     vae: VAE
@@ -62,8 +60,8 @@ class StableDiffusion:
         path: str | Path | None = None,
         *,
         config: ModelConfig | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
     ) -> StableDiffusion:
         """From a single file or a diffusers folder; the shipped model where no path is given.
 
@@ -74,7 +72,8 @@ class StableDiffusion:
         precision = pick_dtype(dtype, where)
         path = Path(path) if path is not None else shipped_model()
         model = load_model(path, config, device=where, dtype=precision)
-        return cls(model.unet, model.vae, model.text, model.config, path.stem, where, precision)
+        name = path.resolve().name if path.is_dir() else path.stem
+        return cls(model.unet, model.vae, model.text, model.config, name, where, precision)
 
     def txt2img(self, prompt: str, **fields: Any) -> list[Image.Image]:
         """Pictures of a prompt; `fields` are those of Request. Raises RequestError, NumericalError."""
@@ -87,33 +86,54 @@ class StableDiffusion:
 
         As in the reference, int(strength · steps) steps are run. Raises RequestError, ImageError, NumericalError.
         """
-        return self.generate(Request(prompt=prompt, strength=strength, **fields), load_image(image))
+        return self.generate(Request(prompt=prompt, strength=strength, **fields), image)
 
-    def generate(self, request: Request, image: Image.Image | None = None, progress: bool = False) -> list[Image.Image]:
+    def generate(
+        self, request: Request, image: str | Path | Image.Image | None = None, progress: bool = False
+    ) -> list[Image.Image]:
         """The pictures of a request, from an initial image if it has a strength; `progress` draws a bar on stderr."""
-        request = self.resolve(request, image)
         latents, levels, steps = self._sampling(request, image)
         for step in tqdm(steps, total=len(levels) - 1, unit="step", disable=not progress):
             latents = step.x
         return self.decode(latents)
 
-    def stream(self, request: Request, image: Image.Image | None = None) -> Iterator[Step]:
+    def stream(self, request: Request, image: str | Path | Image.Image | None = None) -> Iterator[Step]:
         """The steps of a request as they are made; `step.x` and `step.x0` are latents for `decode`."""
-        _, _, steps = self._sampling(self.resolve(request, image), image)
-        yield from steps
+        _, _, steps = self._sampling(request, image)
+        return steps
 
     def resolve(self, request: Request, image: Image.Image | None = None) -> Request:
-        """The request with nothing left open: with a size and a seed. Raises RequestError."""
+        """The request with a size and a seed. Raises RequestError for what this model cannot do.
+
+        A side that is not given is the model's, or the initial image's; given the other, it keeps the image's shape.
+        """
         if (image is None) != (request.strength is None):
             raise RequestError("strength and an initial image go together: give both or neither")
+        if request.steps > self.config.schedule.timesteps:
+            raise RequestError(f"steps is {request.steps}: this model has {self.config.schedule.timesteps} at most")
         if self.config.unet.in_channels != self.config.vae.latent_channels:
             raise RequestError(
                 f"{self.name} takes {self.config.unet.in_channels} channels, for inpainting or editing: "
                 f"use a model that takes {self.config.vae.latent_channels}"
             )
-        native = (self.config.image_size,) * 2 if image is None else image.size
-        width, height = (size - size % SIZE_MULTIPLE for size in native)
-        return replace(request, seed=request.seeds()[0], width=request.width or width, height=request.height or height)
+        width, height = (self.config.image_size,) * 2 if image is None else image.size
+        if image is not None and (request.width is None) != (request.height is None):
+            scale = (request.width or 0) / width + (request.height or 0) / height
+            width, height = round(width * scale), round(height * scale)
+        if min(width, height) < SIZE_MULTIPLE:
+            raise RequestError(
+                f"the image would have {width}×{height} pixels: use one of {SIZE_MULTIPLE} or more a side"
+            )
+        return replace(
+            request,
+            seed=request.seeds()[0],
+            width=request.width or width - width % SIZE_MULTIPLE,
+            height=request.height or height - height % SIZE_MULTIPLE,
+        )
+
+    def grid_length(self, request: Request) -> int:
+        """How many steps a whole run of the request's sampler has, which may be more than were asked for."""
+        return len(samplers.levels(request.sampler, self.schedule, request.steps)) - 1
 
     def levels(self, request: Request) -> list[Level]:
         """The noise levels a request goes through, the one it ends at included: one more than the steps it runs."""
@@ -135,9 +155,13 @@ class StableDiffusion:
     def schedule(self) -> NoiseSchedule:
         return NoiseSchedule(self.config.schedule)
 
-    def _sampling(self, request: Request, image: Image.Image | None) -> tuple[Tensor, list[Level], Iterator[Step]]:
-        """Where a resolved request starts, the levels it goes through, and its steps."""
-        assert request.width is not None and request.height is not None  # resolved
+    def _sampling(
+        self, request: Request, source: str | Path | Image.Image | None
+    ) -> tuple[Tensor, list[Level], Iterator[Step]]:
+        """Where a request starts, the levels it goes through, and its steps."""
+        image = None if source is None else load_image(source)
+        request = self.resolve(request, image)
+        assert request.width is not None and request.height is not None
         start, levels = self._trajectory(request)
         side = self.config.vae.downsampling
         shape = (self.config.vae.latent_channels, request.height // side, request.width // side)
@@ -149,6 +173,8 @@ class StableDiffusion:
             x = x.expand(request.batch_size, -1, -1, -1)
             if len(levels) > 1:
                 x = start.add_noise(x, noise())
+            else:
+                log.warning("strength %s of %d steps is less than one: none is run", request.strength, request.steps)
         return x, levels, samplers.run(request.sampler, self._denoiser(request, levels), x, levels, noise, request.eta)
 
     def _denoiser(self, request: Request, levels: list[Level]) -> Denoise:
@@ -170,6 +196,8 @@ class StableDiffusion:
             return denoiser(predict, self.config.schedule.prediction_type)
 
         if request.cfg_scale == 1:
+            if request.negative_prompt:
+                log.warning("the negative prompt has no effect at cfg_scale 1")
             return network(cond)
         both = [(torch.cat([k, k_]), torch.cat([v, v_])) for (k, v), (k_, v_) in zip(uncond, cond, strict=True)]
         return first_that_fits(
@@ -182,29 +210,34 @@ class StableDiffusion:
     @torch.no_grad()
     def encode(self, image: Image.Image) -> Tensor:
         """RGB image, sides a multiple of 8 → the mode of its scaled latents (1, 4, height/8, width/8), float32."""
-        pixels = to_tensor(image).to(self.device, self.dtype)
-        return self.vae.encode(pixels).mode().float() * self.config.vae.scale_factor
+        mode = self._run_vae(lambda vae, pixels: vae.encode(pixels).mode(), to_tensor(image).to(self.device))
+        return mode * self.config.vae.scale_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Scaled latents (b, 4, h, w) → pictures, one at a time to save memory. Raises NumericalError."""
         if not latents.isfinite().all():
-            raise NumericalError(f"the U-Net overflowed in {self._precision}: use dtype float32")
-        return [to_image(self._decode_one(z)) for z in latents / self.config.vae.scale_factor]
+            if self.dtype == torch.float32:
+                raise NumericalError("the sampler diverged: lower cfg_scale or use more steps")
+            raise NumericalError(f"the U-Net overflowed in {self.dtype}: use dtype float32")
+        return [
+            to_image(self._run_vae(lambda vae, z: vae.decode(z), z[None])[0])
+            for z in latents / self.config.vae.scale_factor
+        ]
 
-    def _decode_one(self, z: Tensor) -> Tensor:
-        """Unscaled latent (4, h, w) → image (3, 8·h, 8·w); repeated in float32 where half precision overflows."""
-        image = self.vae.decode(z[None].to(self.dtype))[0]
-        if not image.isfinite().all():
-            log.warning("the VAE overflowed in %s: decoding again in float32", self._precision)
-            image = copy.deepcopy(self.vae).float().decode(z[None])[0]
-        if not image.isfinite().all():
-            raise NumericalError("the VAE overflows in float32 too: its weights are damaged")
-        return image
+    def _run_vae(self, run: Callable[[VAE, Tensor], Tensor], x: Tensor) -> Tensor:
+        """A part of the VAE in `dtype`, or in float32 where that overflows; float32 in and out."""
+        result = run(self.vae, x.to(self.dtype))
+        if not result.isfinite().all():
+            result = run(self._exact_vae, x)
+        if not result.isfinite().all():
+            raise NumericalError("the VAE overflows in float32: its weights are damaged")
+        return result.float()
 
-    @property
-    def _precision(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+    @cached_property
+    def _exact_vae(self) -> VAE:
+        log.warning("the VAE overflows in %s: running it in float32", self.dtype)
+        return copy.deepcopy(self.vae).float()
 
 
 def _halves(key_value: KeyValue, batch_size: int) -> tuple[KeyValue, KeyValue]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,6 +17,7 @@ SIZE_MULTIPLE = 8  # pixels a latent pixel stands for
 MAX_SIZE = 8192  # pixels along a side
 MAX_STEPS = ScheduleConfig.timesteps
 MAX_BATCH = 1024
+DEFAULT_STRENGTH = 0.75  # of img2img
 SEEDS = 2**64  # there are, in torch and ComfyUI; AUTOMATIC1111 has 2**32
 
 
@@ -39,7 +39,9 @@ class Request:
     width: int | None = option(None, "in pixels, a multiple of 8; none given: the model's, or the initial image's")
     height: int | None = option(None, "in pixels, a multiple of 8; none given: the model's, or the initial image's")
     batch_size: int = option(1, "images made at once")
-    strength: float | None = option(None, "img2img: from 0, the initial image itself, to 1, none of it")
+    strength: float | None = option(
+        None, "share of the steps to run on the initial image: 0 keeps it, 1 hardly shows it"
+    )
 
     def __post_init__(self) -> None:
         if faults := list(self._faults()):
@@ -68,7 +70,7 @@ class Request:
     def _out_of_range(self, name: str, kind: type, least: int, most: int) -> list[str]:
         value = getattr(self, name)
         numeric = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-        if numeric and math.isfinite(value) and least <= value <= most:
+        if numeric and least <= value <= most:  # false for NaN
             return []
         noun = "a number" if kind is float else "a whole number"
         return [f"{name} is {brief(value)}: use {noun} from {least} to {most}"]

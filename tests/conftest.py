@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import DATA, state_dict
 from torch import Tensor
 
-from ldm import ModelConfig, StableDiffusion, UNetConfig
+from ldm import StableDiffusion, UNetConfig
 from ldm.checkpoint import load_unet, load_vae
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
@@ -23,6 +23,7 @@ SHIPPED = Path(__file__).parent.parent / "weights" / "shapes"
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """‖actual - expected‖ / ‖expected‖."""
+    assert actual.shape == expected.shape
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
@@ -49,7 +50,7 @@ def no_grad():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Any attempt to open a connection fails the test."""
 
@@ -107,6 +108,3 @@ def full_size_fp16(full_size) -> Path:
     save_file({key: t.half() if t.is_floating_point() else t for key, t in tensors.items()}, path)
     yield path
     path.unlink()
-
-
-__all__ = ["SHIPPED", "TINY_UNET", "ModelConfig", "relative_error"]

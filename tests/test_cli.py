@@ -118,10 +118,10 @@ def test_steps_in_metadata_are_those_run(capsys, tmp_path):
 
 def test_from_file_and_grid(capsys, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red circle\n\n  a blue star \n", encoding="utf-8")
+    prompts.write_text("\ufeffa red circle\r\n\n  a blue\u2028star \n", encoding="utf-8")
     paths = make(capsys, "txt2img", "--from-file", prompts, "-s", 2, "--seed", 5, "--outdir", tmp_path / "o", "--grid")
     assert [path.name for path in paths] == ["00000-5.png", "00001-5.png", "00002-grid.png"]
-    assert read_request(paths[1]).prompt == "a blue star"
+    assert [read_request(path).prompt for path in paths[:2]] == ["a red circle", "a blue\u2028star"]
     assert Image.open(paths[2]).size == (128, 64)
     paths = make(capsys, "txt2img", "-p", "a", "-s", 2, "--seed", 5, "--outdir", tmp_path / "o")
     assert paths[0].name == "00003-5.png"  # nothing is written over
@@ -178,6 +178,8 @@ def test_bad_models_are_one_line(broken, capsys, tmp_path, file, expected):
         (["txt2img", "-p", "a", "-W", "513"], 2, "width is 513: use 512 or 520"),
         (["txt2img", "-p", "a", "--strength", "0.5"], 2, "unrecognized arguments"),
         (["txt2img", "-p", "a", "--batch-count", "0"], 2, "batch_count is 0"),
+        (["txt2img", "-p", "a", "--batch-count", "99999999"], 2, "batch_count is 99999999"),
+        (["txt2img", "-p", "a", "--outdir", "/proc"], 1, "/proc"),
         (["txt2img", "-p", "a", "--device", "tpu"], 2, "device is 'tpu'"),
         (["txt2img", "-p", "a", "--dtype", "int4"], 2, "dtype is 'int4'"),
         (["txt2img", "-p", "a", "--sampler", "magic"], 2, "use one of ddim, plms, ddpm"),
@@ -211,7 +213,7 @@ def test_unwritable_outdir_and_binary_prompts(capsys, tmp_path):
     assert main(["txt2img", "--from-file", str(tmp_path / "file")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert "File exists" in lines[0]
+    assert lines[0] == f"ldm: {tmp_path / 'file'}: File exists"
     assert "not a text file in UTF-8" in lines[1]
 
 
@@ -225,6 +227,27 @@ def test_out_of_memory_is_one_line(capsys, tmp_path, monkeypatch, message):
     monkeypatch.setattr("ldm.pipeline.StableDiffusion.generate", fail)
     assert main(["txt2img", "-p", "a", "--outdir", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "ldm: out of memory: use a smaller size or batch, or close other programs\n"
+
+
+@pytest.mark.parametrize(("encoding", "folder"), [("ascii", "ü"), ("utf-8", b"\xff")])
+def test_paths_need_not_be_text(tmp_path, encoding, folder):
+    outdir = os.fsencode(tmp_path) + b"/" + os.fsencode(folder)
+    command = [sys.executable, str(SCRIPTS / "txt2img.py"), "-p", "a", "-s", "1", "--seed", "1", "--outdir", outdir]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr
+    assert (Path(os.fsdecode(outdir)) / "00000-1.png").is_file()
+
+
+def test_closed_output_is_no_traceback(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPTS / "txt2img.py"), "-p", "a", "-s", "1", "--outdir", str(tmp_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait() == 1
+    assert b"Traceback" not in err
+    assert err.endswith(b"ldm: Broken pipe\n")
 
 
 def test_help_is_fast():

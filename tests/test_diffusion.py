@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import assert_parity, relative_error
@@ -144,9 +145,25 @@ def test_plms_equals_diffusers_after_its_first_step():
 # --- against formulas -------------------------------------------------------------------------------------------------
 
 
-def test_quad_grid_against_the_formula():
-    expected = [int((i * math.sqrt(800) / 9) ** 2) + 1 for i in range(10)]
-    assert timesteps(SCHEDULE, "quad", 10) == expected[::-1]
+def test_quad_grid_is_the_references_for_any_number_of_steps():
+    for steps in range(1, 1001):
+        expected = (np.linspace(0, np.sqrt(1000 * 0.8), steps) ** 2).astype(int) + 1
+        assert timesteps(SCHEDULE, "quad", steps) == expected[::-1].tolist()
+
+
+def test_uniform_grid_is_the_references_for_any_number_of_steps():
+    for steps in range(1, 1001):
+        expected = np.minimum(np.arange(0, 1000, 1000 // steps) + 1, 999)
+        assert timesteps(SCHEDULE, "uniform", steps) == expected[::-1].tolist()
+
+
+def test_linspace_grid_is_improved_ddpms_for_any_number_of_steps():
+    for steps in range(2, 1001):
+        position, expected = 0.0, []
+        for _ in range(steps):
+            expected.append(round(position))
+            position += 999 / (steps - 1)
+        assert timesteps(SCHEDULE, "linspace", steps) == expected[::-1]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 50, 333, 501, 999, 1000])
@@ -232,9 +249,11 @@ def test_guidance_batched_and_split_are_the_formula():
         lambda: samplers.levels("ddim", SCHEDULE, 10, grid="cubic"),
         lambda: samplers.run("plms", None, None, [], None, eta=0.5),
         lambda: NoiseSchedule(ScheduleConfig(beta_schedule="sigmoid")),
+        lambda: NoiseSchedule(ScheduleConfig(beta_end=1.5)),
+        lambda: NoiseSchedule(ScheduleConfig(beta_start=0.0, beta_end=0.0)),
         lambda: denoiser(None, "x0"),
     ],
 )
 def test_what_does_not_exist_is_refused(call):
-    with pytest.raises(ValueError, match=r"use|leave"):
+    with pytest.raises(ValueError, match=r"use|leave|must"):
         call()

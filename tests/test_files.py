@@ -5,31 +5,29 @@ import stat
 
 import pytest
 
-from ldm.files import write_atomic
+from ldm.files import write_new
 
 
 def test_file_appears_whole(tmp_path):
     path = tmp_path / "a"
-    write_atomic(path, lambda file: file.write(b"new"))
-    write_atomic(path, lambda file: file.write(b"newer"))
-    assert path.read_bytes() == b"newer"
+    write_new(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~os.umask(os.umask(0o022))
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_nothing_is_left_of_a_failure(tmp_path, error, overwrite):
+def test_nothing_is_left_of_a_failure(tmp_path, error):
     def fail(file):
         file.write(b"half")
         raise error
 
     with pytest.raises(error):
-        write_atomic(tmp_path / "a", fail, overwrite=overwrite)
+        write_new(tmp_path / "a", fail)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_overwrite_off(tmp_path, monkeypatch, links):
+def test_nothing_is_written_over(tmp_path, monkeypatch, links):
     if not links:  # as on exFAT
 
         def no_links(*args):
@@ -37,8 +35,8 @@ def test_overwrite_off(tmp_path, monkeypatch, links):
 
         monkeypatch.setattr(os, "link", no_links)
     path = tmp_path / "a"
-    write_atomic(path, lambda file: file.write(b"first"), overwrite=False)
+    write_new(path, lambda file: file.write(b"first"))
     with pytest.raises(FileExistsError):
-        write_atomic(path, lambda file: file.write(b"second"), overwrite=False)
+        write_new(path, lambda file: file.write(b"second"))
     assert path.read_bytes() == b"first"
     assert [file.name for file in tmp_path.iterdir()] == ["a"]

@@ -74,6 +74,13 @@ def test_truncated_absent_and_enormous(tmp_path):
         images.load_image(path)
 
 
+def test_enormous_objects_and_pixels_without_a_range():
+    with pytest.raises(ImageError, match="32 bits"):
+        images.load_image(Image.new("F", (2, 2), 0.5))
+    with pytest.raises(ImageError, match="32 bits"):
+        images.load_image(Image.new("I", (2, 2), 70_000))
+
+
 @pytest.mark.parametrize(("count", "size"), [(1, (4, 6)), (2, (8, 6)), (3, (8, 12)), (4, (8, 12)), (5, (12, 12))])
 def test_grid(count, size):
     tiles = [Image.new("RGB", (4, 6), (i + 1, 0, 0)) for i in range(count)]

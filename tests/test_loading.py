@@ -19,6 +19,7 @@ from ldm.checkpoint import load_model, load_text, load_unet, load_vae
 from ldm.checkpoint.layouts import open_checkpoint
 from ldm.checkpoint.names import text_names, unet_names, vae_names
 from ldm.errors import CheckpointError
+from ldm.models.unet import UNet
 
 MODEL = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
 
@@ -56,21 +57,22 @@ def same_weights(first, second) -> bool:
 
 def test_configs_are_read_from_shapes(tiny_path):
     parts = open_checkpoint(tiny_path).parts
-    assert parts["unet"].config == replace(TINY_UNET, heads=8)  # heads leave no trace
-    assert parts["vae"].config == VAEConfig(channels=32, channel_mult=(1, 2, 2, 4))
+    assert parts["unet"].read_config() == replace(TINY_UNET, heads=8)  # heads leave no trace
+    assert parts["vae"].read_config() == VAEConfig(channels=32, channel_mult=(1, 2, 2, 4))
 
 
-def test_sd_v1_configs_are_the_defaults(tmp_path):
+def test_sd_v1_configs_are_the_defaults(tmp_path, caplog):
     """Full-size shapes without their data: tensors of one stored zero."""
     shapes = json.loads((SHIPPED.parent.parent / "tests" / "data" / "sd-v1-keys.json").read_text())
     torch.save(
         {"state_dict": {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}}, tmp_path / "v1.ckpt"
     )
-    checkpoint = open_checkpoint(tmp_path / "v1.ckpt")
-    assert checkpoint.parts["unet"].config == UNetConfig()
-    assert checkpoint.parts["vae"].config == VAEConfig()
-    assert checkpoint.parts["text"].config == TextConfig()
-    assert checkpoint.ignored == {"noise schedule": 12, "position ids": 1}
+    with caplog.at_level("INFO", logger="ldm"):
+        parts = open_checkpoint(tmp_path / "v1.ckpt").parts
+    configs = {name: part.read_config() for name, part in parts.items()}
+    assert configs == {"unet": UNetConfig(), "vae": VAEConfig(), "text": TextConfig()}
+    assert "left out, not needed: noise schedule (12 tensors)" in caplog.text
+    assert "left out, not needed: position ids (1 tensors)" in caplog.text
 
 
 @pytest.mark.parametrize("channels", [8, 9])
@@ -125,7 +127,7 @@ def test_text_encoder_with_and_without_its_level(tmp_path, level):
     assert not any(tensor.is_meta for tensor in [*text.parameters(), *text.buffers()])
 
 
-def test_what_is_left_out_is_counted_by_reason(tiny, tmp_path):
+def test_what_is_left_out_is_counted_by_reason(tiny, tmp_path, caplog):
     extra = {
         "model_ema.decay": torch.zeros(()),
         "model_ema.diffusion_modelinput_blocks00weight": torch.zeros(3),
@@ -133,10 +135,11 @@ def test_what_is_left_out_is_counted_by_reason(tiny, tmp_path):
         "first_stage_model.loss.logvar": torch.zeros(()),
     }
     path = save(tiny | extra, tmp_path / "m.safetensors")
-    ignored = open_checkpoint(path).ignored
-    assert ignored["EMA weights"] == 2
-    assert ignored["VAE training loss"] == 1
-    assert same_weights(load_unet(path, TINY_UNET), load_unet(save(tiny, tmp_path / "n.safetensors"), TINY_UNET))
+    with caplog.at_level("INFO", logger="ldm"):
+        unet = load_unet(path, TINY_UNET)
+    assert "EMA weights (2 tensors)" in caplog.text
+    assert "VAE training loss (1 tensors)" in caplog.text
+    assert same_weights(unet, load_unet(save(tiny, tmp_path / "n.safetensors"), TINY_UNET))
 
 
 def test_left_out_tensors_are_logged(tmp_path, caplog):
@@ -145,7 +148,7 @@ def test_left_out_tensors_are_logged(tmp_path, caplog):
     save_file(load_file(file) | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, file)
     with caplog.at_level("INFO", logger="ldm"):
         load_model(folder)
-    assert "left out 1 tensors of position ids" in caplog.text
+    assert "position ids (1 tensors)" in caplog.text
 
 
 @pytest.mark.parametrize("spelled", ["bare", "prefixed"])
@@ -160,7 +163,7 @@ def test_vae_files(shipped, shipped_as_compvis, tmp_path, spelled):
 
 def test_diffusers_vae_file_alone_is_known_by_its_shapes(tmp_path, shipped):
     path = shutil.copy(SHIPPED / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "anything")
-    vae = load_vae(path, replace(load_vae(path).config, norm_groups=16))
+    vae = load_vae(path, shipped.config.vae)  # shapes do not tell its 16 groups
     assert same_weights(vae, shipped.vae)
 
 
@@ -181,6 +184,8 @@ def test_component_folders_and_files(part, shipped):
     expected = {"unet": shipped.unet, "vae": shipped.vae, "text_encoder": shipped.text}[part]
     assert same_weights(load(SHIPPED), expected)
     assert same_weights(load(SHIPPED / part), expected)
+    [file] = (SHIPPED / part).glob("*.safetensors")
+    assert same_weights(load(file), expected)
 
 
 def test_fp16_variant_folder(tmp_path, shipped):
@@ -216,9 +221,48 @@ def test_weights_are_views_of_the_file_where_nothing_changes(tiny_path):
     assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_config_override(tiny_path, golden):
+def test_heads_are_sd_v1s_unless_told(tiny_path, golden):
     wrong = load_unet(tiny_path)(golden["unet.x"], golden["unet.t"], golden["unet.context"])
     assert relative_error(wrong, golden["unet.eps"]) > 1e-2  # eight heads instead of four
+
+
+def test_a_given_config_takes_the_place_of_detection(tmp_path, shipped):
+    path = shutil.copy(SHIPPED / "unet" / "diffusion_pytorch_model.safetensors", tmp_path)
+    assert "needs its config.json beside it" in fault(load_unet, path)
+    assert same_weights(load_unet(path, shipped.config.unet), shipped.unet)
+    odd = UNetConfig(channels=48, channel_mult=(1, 2), attention_levels=(0,), heads=4, context_dim=8, norm_groups=16)
+    unet = UNet(odd)
+    names = {row.ours: row.compvis for row in unet_names(odd)}
+    tensors = {f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": t for key, t in unet.state_dict().items()}
+    path = save(tensors, tmp_path / "odd.safetensors")
+    assert "norm_groups is 32, which does not divide" in fault(load_unet, path)
+    assert same_weights(load_unet(path, odd), unet)
+
+
+@pytest.mark.parametrize("name", ["m.bin", "m.ckpt", "m"])
+def test_content_decides_whatever_the_header_length(tmp_path, tiny, name):
+    """The first byte of a safetensors file is the low byte of its header's length, and may be that of a pickle."""
+    vae = {key: tensor for key, tensor in tiny.items() if key.startswith(MODEL["vae"])}
+    for padding in range(0, 400, 8):
+        save_file(vae, tmp_path / name, metadata={"padding": "x" * padding})
+        if (tmp_path / name).read_bytes()[0] == 0x80:
+            break
+    assert (tmp_path / name).read_bytes()[0] == 0x80
+    assert load_vae(tmp_path / name).config.channels == 32
+
+
+def test_plain_weights_are_preferred_to_half_precision(tmp_path, shipped):
+    folder = shutil.copytree(SHIPPED / "vae", tmp_path / "vae")
+    save_file({"not": torch.zeros(1)}, folder / "diffusion_pytorch_model.fp16.safetensors")
+    assert same_weights(load_vae(folder), shipped.vae)
+
+
+def test_activation_of_the_text_encoder(tmp_path):
+    folder = shutil.copytree(SHIPPED, tmp_path / "model")
+    before = load_text(folder).encode(["a red circle"])
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "gelu"}))
+    assert relative_error(load_text(folder).encode(["a red circle"]), before) > 1e-3
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -345,7 +389,10 @@ def test_pickles_run_no_code(tmp_path, capsys):
         ("text_encoder/config.json", {"hidden_size": 64}, "the U-Net attends to 128 channels, the text has 64"),
         ("vae/config.json", {"latent_channels": 8}, "the VAE reads 8"),
         ("text_encoder/config.json", {"num_attention_heads": 5}, "heads is 5, which does not divide width, 128"),
+        ("text_encoder/config.json", {"layer_norm_eps": 0.5}, "only 1e-05 is supported"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "epsilon or v_prediction"),
+        ("scheduler/scheduler_config.json", {"beta_end": 2.0}, "of the signal at the end"),
+        ("scheduler/scheduler_config.json", {"beta_start": 1e-300}, "of the signal at the end"),
     ],
 )
 def test_configs_that_are_not_ours(tmp_path, file, change, expected):
@@ -376,6 +423,47 @@ def test_broken_json(tmp_path, text):
     folder = shutil.copytree(SHIPPED, tmp_path / "model")
     (folder / "vae" / "config.json").write_text(text)
     assert "JSON" in fault(load_model, folder)
+
+
+def test_old_and_new_names_at_once(tmp_path):
+    tensors = load_file(SHIPPED / "vae" / "diffusion_pytorch_model.safetensors")
+    key = "encoder.mid_block.attentions.0.to_q.weight"
+    path = save(tensors | {key.replace("to_q", "query"): tensors[key].clone()}, tmp_path / "vae.safetensors")
+    assert f"has {key} twice" in fault(load_vae, path)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "merges"),
+    [
+        ([1], []), (None, None), ({"a": 10**8}, []), ({"a": "0"}, []), ({"a": 0, "b": 0}, []), ({"a": 0}, []),
+        ("valid", 5), ("valid", [1]), ("valid", [["a"]]), ("valid", [[1, 2]]), ("valid", [["no", "such"]]),
+    ],
+)  # fmt: skip
+def test_broken_tokenizers(tmp_path, vocabulary, merges):
+    folder = shutil.copytree(SHIPPED, tmp_path / "model")
+    valid = json.loads((folder / "tokenizer" / "vocab.json").read_text())
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    model = {"vocab": valid if vocabulary == "valid" else vocabulary, "merges": merges}
+    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": model}))
+    assert "tokenizer" in fault(load_model, folder)
+    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": [1]}))
+    assert "not a CLIP tokenizer" in fault(load_model, folder)
+
+
+def test_merges_that_are_not_text(tmp_path):
+    folder = shutil.copytree(SHIPPED, tmp_path / "model")
+    (folder / "tokenizer" / "merges.txt").write_bytes(b"\xff\xfe\x00")
+    assert "not text in UTF-8" in fault(load_model, folder)
+
+
+def test_names_of_tensors_may_be_anything(tmp_path):
+    path = save({"evil\n\x1b[31m": torch.zeros(1), "x" * 100_000: torch.zeros(1)}, tmp_path / "m.safetensors")
+    message = fault(load_model, path)
+    assert message.isprintable()
+    assert len(message) < 1000
+    torch.save({0: torch.zeros(1)}, tmp_path / "m.ckpt")
+    assert "holds no state dict" in fault(load_model, tmp_path / "m.ckpt")
 
 
 def test_absent_path(tmp_path):

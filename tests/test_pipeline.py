@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import SHIPPED, assert_parity
 from PIL import Image
 from torch import nn
 
 from ldm import Request, StableDiffusion
 from ldm.errors import CheckpointError, NumericalError, RequestError
 from ldm.images import to_tensor
+from ldm.models.vae import DiagonalGaussian
 
 PROMPT = "a large red circle on a blue background"
 
@@ -80,10 +83,11 @@ def test_an_image_is_the_same_in_any_batch(shipped, fields):
 
 def test_starting_noise_is_the_same_bit_for_bit(shipped):
     alone, batch = (
-        shipped._sampling(shipped.resolve(Request(prompt=PROMPT, seed=seed, batch_size=size)), None)[0]
+        shipped._sampling(Request(prompt=PROMPT, seed=seed, batch_size=size), None)[0]
         for seed, size in [(7, 1), (5, 4)]
     )
     assert torch.equal(alone[0], batch[2])
+    assert torch.equal(alone, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7)))
 
 
 def test_the_same_request_gives_the_same_bytes(shipped):
@@ -100,6 +104,14 @@ def test_resolved_requests_leave_nothing_open(shipped):
     assert request.seed is not None
     assert shipped.resolve(request) == request
     assert shipped.resolve(Request(prompt="a", width=128)).width == 128
+    assert shipped.resolve(Request(prompt="a", width=128)).height == 64
+    with pytest.raises(RequestError, match="steps is 600: this model has 500 at most"):
+        few = replace(shipped.config.schedule, timesteps=500)
+        replace(shipped, config=replace(shipped.config, schedule=few)).resolve(Request("a", steps=600))
+    with pytest.raises(RequestError, match="the image would have 4×4 pixels"):
+        shipped.resolve(Request("a", strength=0.5), Image.new("RGB", (4, 4)))
+    half = shipped.resolve(Request("a", strength=0.5, width=64), Image.new("RGB", (128, 256)))
+    assert (half.width, half.height) == (64, 128)  # the other side keeps the image's shape
     picture = Image.new("RGB", (100, 75))
     resolved = shipped.resolve(Request(prompt="a", strength=0.5), picture)
     assert (resolved.width, resolved.height) == (96, 72)
@@ -135,6 +147,57 @@ def test_steps_that_are_run(shipped, fields, steps):
     assert len(shipped.levels(request)) - 1 == steps
     made = list(shipped.stream(request, image))
     assert [step.index for step in made] == list(range(steps))
+
+
+def test_img2img_starts_where_the_reference_does(shipped):
+    """Noised to the eighth of ten levels, denoised from the seventh on (see z_enc among the golden runs)."""
+    start, levels = shipped._trajectory(Request("a", steps=10, strength=0.75))
+    assert start.t == 701
+    assert [level.t for level in levels] == [601, 501, 401, 301, 201, 101, 1, 0]
+    start, levels = shipped._trajectory(Request("a", steps=10, strength=1.0))
+    assert start.t == levels[0].t == 901
+
+
+def test_requests_without_effect_are_warned_of(shipped, caplog):
+    shipped.txt2img("a", negative_prompt="b", cfg_scale=1, steps=2)
+    shipped.img2img("a", Image.new("RGB", (64, 64)), strength=0.03)
+    assert "the negative prompt has no effect at cfg_scale 1" in caplog.text
+    assert "strength 0.03 of 25 steps is less than one: none is run" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_any_picture_may_be_the_first(shipped, mode):
+    steps = list(shipped.stream(Request("a", steps=4, strength=0.5), Image.new(mode, (64, 64))))
+    assert len(steps) == 2
+
+
+def test_faults_do_not_wait_for_the_first_step(shipped):
+    with pytest.raises(RequestError):
+        shipped.stream(Request("a", strength=0.5))
+
+
+# --- against diffusers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "eta"), [(10, 0.0), (25, 0.0), (10, 1.0)])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_latents_equal_diffusers_pipeline(shipped, steps, eta, prediction_type):
+    """The whole way of a prompt, by diffusers from the same folder, with the same noise."""
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        SHIPPED, torch_dtype=torch.float32, local_files_only=True
+    )
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    theirs = pipeline(
+        [PROMPT] * 2, negative_prompt=["a star"] * 2, height=64, width=64, num_inference_steps=steps,
+        guidance_scale=5.0, eta=eta, generator=generators, output_type="latent",
+    ).images  # fmt: skip
+    schedule = replace(shipped.config.schedule, prediction_type=prediction_type)
+    sd = replace(shipped, config=replace(shipped.config, schedule=schedule))
+    request = Request(PROMPT, negative_prompt="a star", steps=steps, eta=eta, cfg_scale=5.0, seed=3, batch_size=2)
+    *_, last = sd.stream(request)
+    assert_parity(f"shipped model, {prediction_type}, {steps} steps, eta {eta}, diffusers", last.x, theirs, 1e-4)
 
 
 def test_streamed_steps_end_in_the_image(shipped):
@@ -211,26 +274,40 @@ class Overflowing(nn.Module):
         super().__init__()
         self.vae, self.also_in_float32 = vae, also_in_float32
 
+    def _spoil(self, x):
+        return x * float("nan") if self.also_in_float32 or x.dtype != torch.float32 else x
+
+    def encode(self, image):
+        posterior = self.vae.encode(image)
+        return DiagonalGaussian(self._spoil(posterior.mean), posterior.logvar)
+
     def decode(self, z):
-        image = self.vae.decode(z)
-        return image * float("nan") if self.also_in_float32 or image.dtype != torch.float32 else image
+        return self._spoil(self.vae.decode(z))
 
 
-def test_black_images_are_decoded_again_in_float32(shipped, caplog):
+def test_black_images_are_made_again_in_float32(shipped, caplog):
     half = StableDiffusion.load(device="cpu", dtype="bfloat16")
-    latents = shipped.encode(Image.new("RGB", (64, 64), "red"))
+    overflowing = replace(half, vae=Overflowing(half.vae))
+    red = Image.new("RGB", (64, 64), "red")
     with caplog.at_level(logging.WARNING):
-        [image] = replace(half, vae=Overflowing(half.vae)).decode(latents)
-    assert "the VAE overflowed in bfloat16: decoding again in float32" in caplog.text
-    assert np.abs(pixels(image) - pixels(shipped.decode(latents)[0])).max() <= 3
+        latents = overflowing.encode(red)
+        images = overflowing.decode(latents.repeat(3, 1, 1, 1))
+    assert caplog.text.count("the VAE overflows in torch.bfloat16: running it in float32") == 1
+    expected = shipped.decode(shipped.encode(red))[0]
+    assert all(np.abs(pixels(image) - pixels(expected)).max() <= 3 for image in images)
     assert half.vae.decoder.conv_in.weight.dtype == torch.bfloat16
-    with pytest.raises(NumericalError, match="weights are damaged"):
-        replace(half, vae=Overflowing(half.vae, also_in_float32=True)).decode(latents)
+    broken = replace(half, vae=Overflowing(half.vae, also_in_float32=True))
+    for call in (lambda: broken.decode(latents), lambda: broken.img2img("a", red)):
+        with pytest.raises(NumericalError, match="weights are damaged"):
+            call()
 
 
 def test_overflowing_latents_are_an_error(shipped):
-    with pytest.raises(NumericalError, match="use dtype float32"):
-        shipped.decode(torch.full((1, 4, 8, 8), float("nan")))
+    nan = torch.full((1, 4, 8, 8), float("nan"))
+    with pytest.raises(NumericalError, match="the sampler diverged: lower cfg_scale"):
+        shipped.decode(nan)
+    with pytest.raises(NumericalError, match=r"the U-Net overflowed in torch.float16: use dtype float32"):
+        replace(shipped, dtype=torch.float16).decode(nan)
 
 
 def test_guidance_is_split_when_memory_is_short(shipped, monkeypatch, caplog):

@@ -48,6 +48,8 @@ def test_json_round_trip(request):
         ({"sampler": "euler"}, "use one of ddim, plms, ddpm"),
         ({"seed": -1}, "from 0 to"),
         ({"seed": 2**64}, "from 0 to"),
+        ({"seed": 10**400}, "from 0 to"),
+        ({"cfg_scale": 10**400}, "from 0 to 1000"),
         ({"width": 513}, "width is 513: use 512 or 520, a multiple of 8"),
         ({"height": 100}, "height is 100: use 96 or 104"),
         ({"width": 0}, "from 8 to 8192"),

@@ -33,14 +33,23 @@ def test_largest_seed():
     assert seeded_noise([2**64 - 1], (4, 8, 8), CPU)().isfinite().all()
 
 
-def test_out_of_memory_moves_on_to_the_next_plan_for_good(caplog):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_moves_on_to_the_next_plan_for_good(caplog, error):
     calls = []
 
     def plan(name, fits):
         def run(x):
             calls.append(name)
             if not fits:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return x + 1
 
         return run
@@ -50,18 +59,30 @@ def test_out_of_memory_moves_on_to_the_next_plan_for_good(caplog):
     assert run(2) == 3
     assert calls == ["a", "b", "c", "c"]
     assert caplog.text.count("out of memory") == 2
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error)):
         first_that_fits({"a": plan("a", False)})(1)
+
+
+def test_other_errors_are_not_taken_for_short_memory():
+    def broken(x):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        first_that_fits({"a": broken, "b": lambda x: x})(1)
 
 
 def test_devices(monkeypatch):
     assert devices.pick_device("cpu") == CPU
     with pytest.raises(RequestError, match="device is 'tpu': this machine has"):
         devices.pick_device("tpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RequestError, match="device is 'cpu:7'"):
+        devices.pick_device("cpu:7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert devices.pick_device("auto").type == "cuda"
-    assert devices.pick_device("cuda:1").index == 1
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.pick_device(torch.device("cuda:1")).index == 1
+    with pytest.raises(RequestError, match="device is 'cuda:2': this machine has cuda, cuda:1, "):
+        devices.pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(RequestError, match="device is 'cuda'"):
         devices.pick_device("cuda")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -75,5 +96,6 @@ def test_dtypes(monkeypatch):
     assert devices.pick_dtype("auto", torch.device("cuda")) == torch.float16
     assert devices.pick_dtype("auto", torch.device("mps")) == torch.float16
     assert devices.pick_dtype("bf16", CPU) == torch.bfloat16
-    with pytest.raises(RequestError, match="dtype is 'int8': use one of auto"):
+    assert devices.pick_dtype(torch.float16, CPU) == torch.float16
+    with pytest.raises(RequestError, match="dtype is 'int8': use auto or one of float32"):
         devices.pick_dtype("int8", CPU)

@@ -55,7 +55,7 @@ def _multiples(widths: Sequence[int], where: str) -> tuple[int, ...]:
     return tuple(width // widths[0] for width in widths)
 
 
-def unet_from_shapes(shapes: Shapes, where: str) -> UNetConfig:
+def unet_from_shapes(shapes: Shapes, spelling: str, where: str) -> UNetConfig:
     """The config of a U-Net in CompVis names. Heads and norm groups leave no trace in shapes: SD v1's are taken."""
     widths, attention_levels, blocks = [shapes["input_blocks.1.0.in_layers.2.weight"][0]], [], 0
     layer = 1
@@ -106,7 +106,7 @@ def vae_from_shapes(shapes: Shapes, spelling: str, where: str) -> VAEConfig:
     )
 
 
-def text_from_shapes(shapes: Shapes) -> TextConfig:
+def text_from_shapes(shapes: Shapes, spelling: str, where: str) -> TextConfig:
     """The config of a CLIP text encoder, whose heads are 64 wide."""
     vocab_size, width = shapes["embeddings.token_embedding.weight"]
     return TextConfig(
@@ -134,6 +134,7 @@ VAE_REQUIRED = {
     "act_fn": "silu", "latents_mean": None, "latents_std": None, "mid_block_add_attention": True, "shift_factor": None,
     "use_quant_conv": True, "use_post_quant_conv": True,
 }  # fmt: skip
+TEXT_REQUIRED = {"layer_norm_eps": 1e-5}
 SCHEDULER_REQUIRED = {"rescale_betas_zero_snr": False, "trained_betas": None}
 
 DIFFUSERS_BETA_SCHEDULES = {"squaredcos_cap_v2": "cosine"}  # the others have our names
@@ -171,7 +172,7 @@ class _Reader:
         return float(value)
 
     def choice(self, key: str, default: str, allowed: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
-        value = self.json.get(key, default)
+        value = default if self.json.get(key) is None else self.json[key]
         if aliases and isinstance(value, str):
             value = aliases.get(value, value)
         if value not in (allowed := tuple(allowed)):
@@ -226,7 +227,7 @@ def vae_from_json(json: Json, where: str) -> VAEConfig:
 
 def text_from_json(json: Json, where: str) -> TextConfig:
     """The config of a text encoder from transformers' text_encoder/config.json."""
-    read = _Reader(json, {}, where)
+    read = _Reader(json, TEXT_REQUIRED, where)
     return TextConfig(
         vocab_size=read.integer("vocab_size", most=1 << 20),
         width=read.integer("hidden_size"),

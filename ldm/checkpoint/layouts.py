@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 from torch import Tensor
@@ -13,30 +15,56 @@ from torch import Tensor
 from ldm.checkpoint import detect
 from ldm.checkpoint.files import read_json, read_tensors
 from ldm.checkpoint.names import DIFFUSERS_VAE_ALIASES
-from ldm.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.config import ScheduleConfig
 from ldm.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Part:
     """One network's tensors, their common prefix removed, as views of the file's memory map."""
 
+    name: str  # "unet", "vae" or "text"
     where: str  # for messages
     prefix: str  # what was removed
     spelling: str  # a column of the name tables: "compvis" or "diffusers"
     tensors: Mapping[str, Tensor]
-    config: Any  # UNetConfig, VAEConfig or TextConfig
+    json: detect.Json | None = None  # the config.json beside the file
+
+    def read_config(self) -> Any:
+        """The UNetConfig, VAEConfig or TextConfig that the JSON or the shapes tell. Raises CheckpointError."""
+        label = LABELS[self.name]
+        try:
+            if self.json is not None:
+                return FROM_JSON[self.name](self.json, self.where)
+            if (self.name, self.spelling) == ("unet", "diffusers"):
+                raise CheckpointError(f"{self.where}: a U-Net in diffusers' names needs its config.json beside it")
+            shapes = {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
+            return FROM_SHAPES[self.name](shapes, self.spelling, self.where)
+        except KeyError as error:
+            missing = f"{self.prefix}{error.args[0]}"
+            raise CheckpointError(f"{self.where}: the {label} is incomplete: {missing} is missing") from error
+        except (IndexError, ValueError) as error:
+            raise CheckpointError(f"{self.where}: this {label} cannot be built: {error}") from error
+
+
+LABELS = {"unet": "U-Net", "vae": "VAE", "text": "text encoder"}
+FROM_JSON = {"unet": detect.unet_from_json, "vae": detect.vae_from_json, "text": detect.text_from_json}
+FROM_SHAPES: dict[str, Callable[[detect.Shapes, str, str], Any]] = {
+    "unet": detect.unet_from_shapes,
+    "vae": detect.vae_from_shapes,
+    "text": detect.text_from_shapes,
+}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was found at a path. `ignored` counts, by reason, the tensors that are left out on purpose."""
+    """What was found at a path."""
 
     parts: Mapping[str, Part]  # some of "unet", "vae", "text"
-    ignored: Mapping[str, int]
     schedule: ScheduleConfig
     tokenizer_folder: Path | None = None
-    image_size: int | None = None
 
     def part(self, name: str, where: Path) -> Part:
         if name not in self.parts:
@@ -44,8 +72,6 @@ class Checkpoint:
             raise CheckpointError(f"{where}: holds no {LABELS[name]} (found: {found}); use a file that has one")
         return self.parts[name]
 
-
-LABELS = {"unet": "U-Net", "vae": "VAE", "text": "text encoder"}
 
 # The prefixes of a CompVis single file. The longer of two that fit is meant.
 COMPVIS_PREFIXES = {
@@ -95,9 +121,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Find the networks at `path`, a file or a folder. Raises CheckpointError for what is not an SD v1.x model."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; give the path of a model on this machine")
-    if path.is_dir():
-        return _open_folder(path)
+    return _open_folder(path) if path.is_dir() else _open_file(path)
+
+
+def _open_file(path: Path) -> Checkpoint:
     tensors, ignored = drop_ignored(read_tensors(path))
+    for reason, count in ignored.items():
+        log.info("%s: left out, not needed: %s (%d tensors)", path, reason, count)
     if not tensors:
         raise CheckpointError(f"{path}: holds no network")
     detect.check_family(tensors, str(path))
@@ -110,71 +140,52 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: {describe(list(alone))} belong to no known part of a Stable Diffusion v1.x model"
         )
-    parts = {}
+    if alone:
+        return _open_network(path, alone)
+    parts: dict[str, Part] = {}
     for prefix, group in groups.items():
         name = COMPVIS_PREFIXES[prefix]
         if name in parts:
             raise CheckpointError(f"{path}: has two text encoders, with and without the text_model level")
-        parts[name] = _part(name, str(path), prefix, "compvis", group)
-    if alone:
-        name, part = _part_alone(path, alone)
-        parts[name] = part
-    return Checkpoint(parts, ignored, ScheduleConfig())
+        parts[name] = Part(name, str(path), prefix, "compvis", group)
+    return Checkpoint(parts, ScheduleConfig())
 
 
 def describe(names: list[str], most: int = 3) -> str:
-    """A list of tensor names, the first few of them in full."""
-    shown = ", ".join(sorted(names)[:most])
+    """A list of tensor names, the first few of them in full: names are the file's, and may be anything."""
+    shown = ", ".join(name if name.isprintable() and len(name) < 200 else brief(name) for name in sorted(names)[:most])
     return f"{len(names)} tensors ({shown}{', …' if len(names) > most else ''})"
 
 
-def _part_alone(path: Path, tensors: dict[str, Tensor]) -> tuple[str, Part]:
-    """A file of one network, whose config may lie beside it."""
+def _open_network(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
+    """A file of one network, whose config and tokenizer may lie beside it."""
     found = next((SIGNATURES[name] for name in SIGNATURES if name in tensors), None)
     if found is None:
         raise CheckpointError(f"{path}: {describe(list(tensors))} are not those of a Stable Diffusion v1.x model")
     name, spelling = found
-    beside = path.parent / "config.json"
-    json = read_json(beside) if spelling == "diffusers" and beside.is_file() else None
-    return name, _part(name, str(path), "", spelling, tensors, json)
+    prefix = "text_model." if name == "text" and all(key.startswith("text_model.") for key in tensors) else ""
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    if found == ("vae", "diffusers"):
+        tensors = _with_new_names(path, tensors)
+    config = path.parent / "config.json"
+    json = read_json(config) if spelling == "diffusers" and config.is_file() else None
+    part = Part(name, str(path), prefix, spelling, tensors, json)
+    return Checkpoint({name: part}, ScheduleConfig(), _existing(path.parent.parent / "tokenizer"))
 
 
-def _part(
-    name: str, where: str, prefix: str, spelling: str, tensors: dict[str, Tensor], json: detect.Json | None = None
-) -> Part:
-    if name == "text" and all(key.startswith("text_model.") for key in tensors):
-        prefix += "text_model."
-        tensors = {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
-    if (name, spelling) == ("vae", "diffusers"):
+def _with_new_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
         for old, new in DIFFUSERS_VAE_ALIASES.items():
-            tensors = {key.replace(old, new): tensor for key, tensor in tensors.items()}
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    try:
-        config = FROM_JSON[name](json, where) if json is not None else _from_shapes(name, where, spelling, shapes)
-    except KeyError as error:
-        raise CheckpointError(
-            f"{where}: the {LABELS[name]} is incomplete: {prefix}{error.args[0]} is missing"
-        ) from error
-    except (IndexError, ValueError) as error:
-        raise CheckpointError(f"{where}: this {LABELS[name]} cannot be built: {error}") from error
-    return Part(where, prefix, spelling, tensors, config)
+            name = name.replace(old, new)
+        if name in renamed:
+            raise CheckpointError(f"{path}: has {name} twice, by its old name and its new one")
+        renamed[name] = tensor
+    return renamed
 
 
-FROM_JSON: dict[str, Callable[[detect.Json, str], UNetConfig | VAEConfig | TextConfig]] = {
-    "unet": detect.unet_from_json,
-    "vae": detect.vae_from_json,
-    "text": detect.text_from_json,
-}
-
-
-def _from_shapes(name: str, where: str, spelling: str, shapes: detect.Shapes) -> UNetConfig | VAEConfig | TextConfig:
-    if name == "vae":
-        return detect.vae_from_shapes(shapes, spelling, where)
-    if name == "text":
-        return detect.text_from_shapes(shapes)
-    if spelling == "diffusers":
-        raise CheckpointError(f"{where}: a U-Net in diffusers' names needs its config.json beside it")
-    return detect.unet_from_shapes(shapes, where)
+def _existing(folder: Path) -> Path | None:
+    return folder if folder.is_dir() else None
 
 
 # The folders of a diffusers model, and the weights in them: the plain file first, then half precision, then pickles.
@@ -189,32 +200,20 @@ WEIGHT_FILES = [
 def _open_folder(path: Path) -> Checkpoint:
     if not (path / "model_index.json").is_file():
         if any((path / name).is_file() for name in WEIGHT_FILES):  # one network's own folder
-            tokenizer = path.parent / "tokenizer"
-            return replace(
-                open_checkpoint(_weight_file(path)), tokenizer_folder=tokenizer if tokenizer.is_dir() else None
-            )
+            return _open_file(_weight_file(path))
         raise CheckpointError(
             f"{path}: a folder without model_index.json; expected a diffusers model, or give one file"
         )
-    parts: dict[str, Part] = {}
-    ignored: dict[str, int] = {}
-    for name, folder in FOLDERS.items():
-        if not (path / folder).is_dir():
-            continue
-        opened = open_checkpoint(_weight_file(path / folder))
-        parts[name] = opened.part(name, path / folder)
-        ignored.update(opened.ignored)
+    parts = {
+        name: _open_file(_weight_file(path / folder)).part(name, path / folder)
+        for name, folder in FOLDERS.items()
+        if (path / folder).is_dir()
+    }
     scheduler = path / "scheduler" / "scheduler_config.json"
     if not scheduler.is_file():
         raise CheckpointError(f"{path}: scheduler/scheduler_config.json is missing; copy the whole folder again")
-    tokenizer = path / "tokenizer"
-    return Checkpoint(
-        parts,
-        ignored,
-        detect.schedule_from_json(read_json(scheduler), str(scheduler)),
-        tokenizer if tokenizer.is_dir() else None,
-        _image_size(path, parts),
-    )
+    schedule = detect.schedule_from_json(read_json(scheduler), str(scheduler))
+    return Checkpoint(parts, schedule, _existing(path / "tokenizer"))
 
 
 def _weight_file(folder: Path) -> Path:
@@ -222,12 +221,3 @@ def _weight_file(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise CheckpointError(f"{folder}: no weights found; expected {WEIGHT_FILES[0]} or a .fp16 variant of it")
-
-
-def _image_size(path: Path, parts: Mapping[str, Part]) -> int | None:
-    """The side of the pictures the model was trained on, where the U-Net's config tells."""
-    config = path / "unet" / "config.json"
-    sample_size = read_json(config).get("sample_size") if config.is_file() else None
-    if type(sample_size) is not int or not 1 <= sample_size <= 1024 or "vae" not in parts:
-        return None
-    return sample_size * parts["vae"].config.downsampling

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.files import read_json
+from ldm.checkpoint.files import first_line, read_json, read_text
 from ldm.checkpoint.layouts import Checkpoint, Part, describe, open_checkpoint
 from ldm.checkpoint.names import Row, text_names, unet_names, vae_names
 from ldm.config import SD_V1, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.diffusion import NoiseSchedule
 from ldm.errors import CheckpointError
 from ldm.models.text import TextEncoder
-from ldm.models.tokenizer import Merge, build_tokenizer, shipped_vocabulary
+from ldm.models.tokenizer import SPECIAL_TOKENS, Merge, build_tokenizer, shipped_vocabulary
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
-
-log = logging.getLogger(__name__)
 
 Device = torch.device | str
 
@@ -52,21 +50,27 @@ def load_model(
     """
     path = Path(path)
     checkpoint = open_checkpoint(path)
-    parts = {name: checkpoint.part(name, path).config for name in NAMES}
-    try:
-        config = config or ModelConfig(
-            **parts, schedule=checkpoint.schedule, image_size=checkpoint.image_size or SD_V1.image_size
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its parts are of different models: {error}") from error
-    for reason, count in checkpoint.ignored.items():
-        log.info("%s: left out %d tensors of %s", path, count, reason)
+    config = config or _read_config(checkpoint, path)
     return Model(
         unet=_load(checkpoint, path, "unet", config.unet, device, dtype),
         vae=_load(checkpoint, path, "vae", config.vae, device, dtype),
         text=_load(checkpoint, path, "text", config.text, device, dtype),
         config=config,
     )
+
+
+def _read_config(checkpoint: Checkpoint, path: Path) -> ModelConfig:
+    configs = {name: checkpoint.part(name, path).read_config() for name in NAMES}
+    sample_size = (checkpoint.parts["unet"].json or {}).get("sample_size")  # a side in latents
+    if type(sample_size) is int and 1 <= sample_size <= 1024:
+        image_size = sample_size * configs["vae"].downsampling
+    else:
+        image_size = SD_V1.image_size
+    try:
+        NoiseSchedule(checkpoint.schedule)
+        return ModelConfig(**configs, schedule=checkpoint.schedule, image_size=image_size)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its parts do not make a model: {error}") from error
 
 
 def load_unet(
@@ -96,7 +100,7 @@ NAMES: dict[str, Callable[[Any], list[Row]]] = {"unet": unet_names, "vae": vae_n
 def _load(checkpoint: Checkpoint, path: Path, name: str, config: Any, device: Device, dtype: torch.dtype) -> Any:
     """Network `name` of a checkpoint, ready to run: in eval mode, convolutions in channels_last memory."""
     part = checkpoint.part(name, path)
-    config = config or part.config
+    config = config or part.read_config()
     extra = [load_tokenizer(checkpoint.tokenizer_folder, config, path)] if name == "text" else []
     with torch.device("meta"):
         network = {"unet": UNet, "vae": VAE, "text": TextEncoder}[name](config, *extra)
@@ -164,19 +168,33 @@ def load_tokenizer(folder: Path | None, config: TextConfig, where: Path) -> CLIP
     try:
         return build_tokenizer(vocabulary, merges, config.max_length)
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise CheckpointError(f"{folder}: not a CLIP tokenizer ({error})") from error
+        raise CheckpointError(f"{folder}: not a CLIP tokenizer ({first_line(error)})") from error
 
 
 def _tables(folder: Path) -> tuple[dict[str, int], list[Merge]]:
     """Vocabulary and merges from vocab.json and merges.txt, or from tokenizer.json."""
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocabulary = read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        pairs = [line.split() for line in lines if line and not line.startswith("#version")]
+        vocabulary: Any = read_json(folder / "vocab.json")
+        lines = read_text(folder / "merges.txt").split("\n")
+        pairs: Any = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
     else:
-        model = read_json(folder / "tokenizer.json").get("model", {})
-        vocabulary, pairs = model.get("vocab"), model.get("merges")
-        pairs = [pair.split() if isinstance(pair, str) else pair for pair in pairs or []]
-    if not isinstance(vocabulary, dict) or not all(len(pair) == 2 for pair in pairs):
-        raise CheckpointError(f"{folder}: not a CLIP tokenizer; expected a vocabulary and pairs to merge")
+        model = read_json(folder / "tokenizer.json").get("model")
+        vocabulary, pairs = (model.get(key) for key in ("vocab", "merges")) if isinstance(model, dict) else (None, None)
+        pairs = [pair.split() if isinstance(pair, str) else pair for pair in pairs] if isinstance(pairs, list) else None
+    if not _is_vocabulary(vocabulary) or not isinstance(pairs, list) or not all(map(_is_merge, pairs)):
+        raise CheckpointError(f"{folder}: not a CLIP tokenizer; expected tokens numbered from 0, and pairs to merge")
     return vocabulary, [(first, second) for first, second in pairs]
+
+
+def _is_vocabulary(value: Any) -> bool:
+    """Tokens, the special ones among them, with the numbers from 0 to one less than there are."""
+    return (
+        isinstance(value, dict)
+        and all(type(number) is int for number in value.values())
+        and sorted(value.values()) == list(range(len(value)))
+        and value.keys() >= set(SPECIAL_TOKENS)
+    )
+
+
+def _is_merge(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from ldm import __version__
 from ldm.cli import generate
-from ldm.errors import LdmError, RequestError
+from ldm.errors import LdmError, RequestError, is_out_of_memory
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -34,6 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, sys.argv's where none is given, and return its exit code."""
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # What is printed are paths, which need not be text in the terminal's encoding.
+            sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors())
         args = build_parser().parse_args(argv)
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("ldm").setLevel(logging.INFO)
@@ -51,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ldm: {error}", file=sys.stderr)
         return EXIT_FAILURE
     except OSError as error:
-        print(f"ldm: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"ldm: {': '.join(str(part) for part in (error.filename, error.strerror) if part)}", file=sys.stderr)
         return EXIT_FAILURE
     except (MemoryError, RuntimeError) as error:
-        if not re.search("out of memory|can't allocate memory", str(error)):
+        if not is_out_of_memory(error):
             raise
         print("ldm: out of memory: use a smaller size or batch, or close other programs", file=sys.stderr)
         return EXIT_FAILURE

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields, replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import RequestError
-from ldm.request import SEEDS, Request
+from ldm.request import DEFAULT_STRENGTH, SEEDS, Request
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,7 +30,7 @@ COMPVIS = {
     "width": "--W",
     "height": "--H",
 }
-IMG2IMG_ONLY = {"strength"}
+MAX_BATCHES = 1_000_000
 
 
 def add_commands(commands: Any) -> None:
@@ -36,7 +38,7 @@ def add_commands(commands: Any) -> None:
     txt2img = commands.add_parser(
         "txt2img", help="make pictures from a prompt", description="Make pictures from a prompt.", allow_abbrev=False
     )
-    _add_flags(txt2img, skip=IMG2IMG_ONLY)
+    _add_flags(txt2img)
     txt2img.set_defaults(run=run, init_img=None, strength=None)
 
     img2img = commands.add_parser(
@@ -46,17 +48,17 @@ def add_commands(commands: Any) -> None:
         allow_abbrev=False,
     )
     img2img.add_argument("--init-img", required=True, type=Path, metavar="IMAGE", help="the picture to start from")
-    _add_flags(img2img, skip=set())
-    img2img.set_defaults(run=run, strength=0.75)
+    _add_flags(img2img, strength=DEFAULT_STRENGTH)
+    img2img.set_defaults(run=run)
 
 
-def _add_flags(parser: argparse.ArgumentParser, skip: set[str]) -> None:
+def _add_flags(parser: argparse.ArgumentParser, strength: float | None = None) -> None:
     what = parser.add_argument_group("what to make")
     for f in fields(Request):
-        if f.name in skip:
+        default = {"prompt": None, "strength": strength}.get(f.name, f.default)
+        if f.name == "strength" and strength is None:
             continue
         kind = TYPES[str(f.type).split(" | ")[0]]
-        default = None if f.default is MISSING else f.default
         flags = [*([SHORT[f.name]] if f.name in SHORT else []), "--" + f.name.replace("_", "-")]
         shown = "" if default in (None, "") else f" (default {default})"
         what.add_argument(*flags, dest=f.name, type=kind, default=default, help=f.metadata["help"] + shown)
@@ -85,27 +87,29 @@ def _add_alias(group: Any, flag: str, **kwargs: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Make the pictures, one batch after the other; print the path of each as soon as it is written."""
-    requests = list(_requests(args))  # every fault is found before anything slow begins
+    firsts = _first_requests(args)  # every fault is found before anything slow begins
     from ldm import images, metadata
-    from ldm.files import write_atomic
+    from ldm.files import write_new
     from ldm.pipeline import StableDiffusion
 
     init_image = images.load_image(args.init_img) if args.init_img else None
-    args.outdir.mkdir(parents=True, exist_ok=True)
     sd = StableDiffusion.load(args.model, device=args.device, dtype=args.dtype)
+    args.outdir.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=args.outdir).close()  # fails where nothing can be written
     made: list[Image.Image] = []
-    for request in requests:
-        request = sd.resolve(request, init_image)
-        steps = len(sd.levels(request)) - 1
+    for first, batch in itertools.product(firsts, range(args.batch_count)):
+        seed = (first.seeds()[0] + batch * first.batch_size) % SEEDS
+        request = sd.resolve(replace(first, seed=seed), init_image)
         pictures = sd.generate(request, init_image, progress=True)
         for image, alone in zip(pictures, request.images(), strict=True):
+            steps = sd.grid_length(alone)
             save = partial(metadata.save_png, image=image, request=alone, steps=steps, model=sd.name)
             _save_numbered(args.outdir, f"{alone.seed}", save)
-            made.append(image)
+        if args.grid:
+            made += pictures
     if args.grid:
-        sheet = images.grid(made)
-        write = partial(sheet.save, format="PNG")
-        _save_numbered(args.outdir, "grid", lambda path: write_atomic(path, write, overwrite=False))
+        write = partial(images.grid(made).save, format="PNG")
+        _save_numbered(args.outdir, "grid", lambda path: write_new(path, write))
 
 
 def _save_numbered(folder: Path, name: str, save: Callable[[Path], None]) -> None:
@@ -123,15 +127,13 @@ def _save_numbered(folder: Path, name: str, save: Callable[[Path], None]) -> Non
             return
 
 
-def _requests(args: argparse.Namespace) -> Iterator[Request]:
-    """The requests of a command line: every prompt, `batch_count` times, seeds counting on from batch to batch."""
-    if args.batch_count < 1:
-        raise RequestError(f"batch_count is {args.batch_count}: use 1 or more")
-    for prompt in _prompts(args):
-        first = Request(**{f.name: getattr(args, f.name) for f in fields(Request)} | {"prompt": prompt})
-        seed = first.seeds()[0]
-        for batch in range(args.batch_count):
-            yield replace(first, seed=(seed + batch * first.batch_size) % SEEDS)
+def _first_requests(args: argparse.Namespace) -> list[Request]:
+    """The first request of each prompt, its seed chosen; those of later batches differ in the seed alone."""
+    if not 1 <= args.batch_count <= MAX_BATCHES:
+        raise RequestError(f"batch_count is {args.batch_count}: use 1 to {MAX_BATCHES}")
+    given = {f.name: getattr(args, f.name) for f in fields(Request)}
+    requests = [Request(**given | {"prompt": prompt}) for prompt in _prompts(args)]
+    return [replace(request, seed=request.seeds()[0]) for request in requests]
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -140,7 +142,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.from_file is None:
         return [args.prompt]
     try:
-        lines = args.from_file.read_text(encoding="utf-8-sig").splitlines()
+        lines = args.from_file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would split at U+2028 too
     except UnicodeDecodeError as error:
         raise RequestError(f"{args.from_file}: not a text file in UTF-8") from error
     prompts = [line.strip() for line in lines if line.strip()]

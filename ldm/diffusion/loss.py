@@ -19,5 +19,6 @@ def diffusion_loss(
     `network` maps (x_t, t) to eps or v, whichever the schedule names (DDPM, arXiv:2006.11239, equation 14).
     x0 and noise: (b, c, h, w); t: (b,) integers.
     """
-    target = noise if schedule.config.prediction_type == "epsilon" else schedule.velocity(x0, noise, t)
-    return (network(schedule.add_noise(x0, noise, t), t) - target).square().mean(dim=(1, 2, 3))
+    target = {"epsilon": lambda: noise, "v_prediction": lambda: schedule.velocity(x0, noise, t)}
+    error = network(schedule.add_noise(x0, noise, t), t) - target[schedule.config.prediction_type]()
+    return error.square().mean(dim=(1, 2, 3))

@@ -19,8 +19,9 @@ CLEAN = Level(t=0.0, alpha=1.0, sigma=0.0)  # a finished image
 
 
 def _linspace(start: float, end: float, count: int) -> list[float]:
+    """As numpy's: `count` numbers from `start` to exactly `end`; `start` alone where one is asked for."""
     step = (end - start) / max(count - 1, 1)
-    return [start + i * step for i in range(count)]
+    return [start + i * step for i in range(count - 1)] + [end if count > 1 else start]
 
 
 def linear_betas(config: ScheduleConfig) -> list[float]:
@@ -50,7 +51,7 @@ BETA_SCHEDULES: dict[str, Callable[[ScheduleConfig], list[float]]] = {
 class NoiseSchedule:
     """The noise level of each training timestep, from float64 betas.
 
-    Raises ValueError for a beta schedule that is not in BETA_SCHEDULES.
+    Raises ValueError for an unknown beta schedule, or one that does not go from some noise to nearly all of it.
     """
 
     def __init__(self, config: ScheduleConfig):
@@ -59,6 +60,11 @@ class NoiseSchedule:
         self.config = config
         self.betas = BETA_SCHEDULES[config.beta_schedule](config)
         self._alphas_cumprod = list(accumulate((1.0 - beta for beta in self.betas), mul))
+        if not 1e-12 < self._alphas_cumprod[-1] <= self._alphas_cumprod[0] < 1:
+            raise ValueError(
+                f"betas from {self.betas[0]} to {self.betas[-1]} leave {self._alphas_cumprod[-1]} of the signal at the "
+                "end; it must be less than at the start, and more than 1e-12"
+            )
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
@@ -99,8 +105,12 @@ def quad_timesteps(total: int, steps: int) -> list[int]:
 
 
 def linspace_timesteps(total: int, steps: int) -> list[int]:
-    """From 0 to total - 1 in equal strides, rounded: the respacing of improved DDPM (arXiv:2102.09672, section 4)."""
-    return [round(t) for t in _linspace(0.0, total - 1.0, steps)]
+    """From 0 to total - 1 in equal strides, rounded: the respacing of improved DDPM (arXiv:2102.09672, section 4).
+
+    Strides are added up, as its published code does; multiplying would round a tie the other way now and then.
+    """
+    stride = (total - 1) / max(steps - 1, 1)
+    return [round(t) for t in accumulate([0.0] + [stride] * (steps - 1))]
 
 
 GRIDS: dict[str, Callable[[int, int], list[int]]] = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -32,28 +32,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation that stays exact on large float32 maps.
+    """Group normalisation that is as exact on channels_last maps as torch's is on NCHW.
 
-    torch's CPU kernel for channels_last adds up each group's pixels one after the other in float32: at 512×512 that
-    alone costs 1.5e-5 of relative error, a hundred times NCHW's. Here rows are summed first, their sums in float64.
+    torch's CPU kernel for channels_last adds up a group's pixels and their squares one after the other in float32. At
+    512×512 that costs 1.5e-5 of relative error, 300 times NCHW's, and all of it where the mean is large beside the
+    deviation. Here each row has its own mean and centred squares, and float64 combines the rows.
     """
 
-    exact_below = 64 * 64  # pixels up to which torch's kernel is as good
-
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[-2] * x.shape[-1] > self.exact_below:
-            return self._from_row_sums(x)
+        if x.dtype == torch.float32 and x.device.type == "cpu":
+            return self._by_rows(x)
         return super().forward(x)
 
-    def _from_row_sums(self, x: Tensor) -> Tensor:
+    def _by_rows(self, x: Tensor) -> Tensor:
         pixels = rearrange(x, "b c h w -> b h w c")
-        mean, square = (
-            reduce(moment.double() / x.shape[-1], "b h (g c) -> b g 1", "mean", g=self.num_groups)
-            for moment in (pixels.sum(dim=2), torch.linalg.vector_norm(pixels, dim=2).square())
-        )
-        scale = (square - mean.square() + self.eps).rsqrt() * rearrange(self.weight, "(g c) -> g c", g=self.num_groups)
-        shift = rearrange(self.bias, "(g c) -> g c", g=self.num_groups) - mean * scale
-        scale, shift = (rearrange(t.float(), "b g c -> b 1 1 (g c)") for t in (scale, shift))
+        mean = pixels.mean(dim=2, keepdim=True)
+        var = (pixels - mean).square().mean(dim=2, keepdim=True)
+        # The law of total variance: within rows and channels, and between them.
+        mean, var = (rearrange(t.double(), "b h 1 (g c) -> b g (h c)", g=self.num_groups) for t in (mean, var))
+        var = var.mean(dim=2) + mean.var(dim=2, correction=0)
+        scale = (var + self.eps).rsqrt()[..., None] * rearrange(self.weight, "(g c) -> g c", g=self.num_groups)
+        shift = rearrange(self.bias, "(g c) -> g c", g=self.num_groups) - mean.mean(dim=2, keepdim=True) * scale
+        scale, shift = (rearrange(t.to(x.dtype), "b g c -> b 1 1 (g c)") for t in (scale, shift))
         return rearrange(torch.addcmul(shift, pixels, scale), "b h w c -> b c h w")
 
 

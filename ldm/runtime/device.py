@@ -6,9 +6,7 @@ import torch
 
 from ldm.errors import RequestError
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {
-    "auto": None,
     "float32": torch.float32,
     "fp32": torch.float32,
     "float16": torch.float16,
@@ -18,30 +16,31 @@ DTYPES = {
 }
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str | torch.device) -> torch.device:
     """`auto` is the first there is of cuda, mps and cpu. Raises RequestError for one that is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        name = next(device for device, there in available.items() if there)
+        name = next(device for device, count in counts.items() if count)
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = None
-    if device is None or not available.get(device.type):
-        here = ", ".join(device for device, there in available.items() if there)
-        raise RequestError(f"device is {name!r}: this machine has {here}")
+        device = torch.device("meta")  # which is never there
+    if (device.index or 0) >= counts.get(device.type, 0):
+        here = ", ".join(f"{kind}:{i}" if i else kind for kind, count in counts.items() for i in range(count))
+        raise RequestError(f"device is {str(name)!r}: this machine has {here}")
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is float16 on GPUs, bfloat16 on CPUs that compute it natively, float32 elsewhere."""
+def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` is float16 on GPUs, bfloat16 on CPUs that compute it natively, float32 elsewhere. Raises RequestError."""
+    name = str(name).removeprefix("torch.")
+    if name == "auto":
+        if device.type != "cpu":
+            return torch.float16
+        return torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
     if name not in DTYPES:
-        raise RequestError(f"dtype is {name!r}: use one of {', '.join(DTYPES)}")
-    if (dtype := DTYPES[name]) is not None:
-        return dtype
-    if device.type != "cpu":
-        return torch.float16
-    return torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
+        raise RequestError(f"dtype is {name!r}: use auto or one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def cpu_computes_bfloat16() -> bool:

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from ldm.errors import is_out_of_memory
+
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
@@ -16,7 +18,7 @@ Result = TypeVar("Result")
 def first_that_fits(plans: Mapping[str, Callable[..., Result]]) -> Callable[..., Result]:
     """Run the first plan; when it runs out of memory, warn once and use the next, from then on.
 
-    Plans are functions that compute the same, by name, the fastest first. The last one's OutOfMemoryError is raised.
+    Plans are functions that compute the same, by name, the fastest first. The last one's error is raised.
     """
     remaining = dict(plans)
 
@@ -25,8 +27,8 @@ def first_that_fits(plans: Mapping[str, Callable[..., Result]]) -> Callable[...,
             name, plan = next(iter(remaining.items()))
             try:
                 return plan(*args)
-            except torch.OutOfMemoryError:
-                if len(remaining) == 1:
+            except (RuntimeError, MemoryError) as error:
+                if len(remaining) == 1 or not is_out_of_memory(error):
                     raise
                 del remaining[name]
             torch.cuda.empty_cache()
