@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ def shipped_model() -> Path:
 class StableDiffusion:
     """A model, ready to use. Networks hold weights and take tensors in `dtype`; latents between them are float32."""
 
-    unet: UNet
-    vae: VAE
-    text: TextEncoder
+    unet: UNet = field(repr=False)
+    vae: VAE = field(repr=False)
+    text: TextEncoder = field(repr=False)
     config: ModelConfig
     name: str
     device: torch.device
@@ -70,6 +70,8 @@ class StableDiffusion:
         """
         where = pick_device(device)
         precision = pick_dtype(dtype, where)
+        if (where.type, precision) == ("cpu", torch.float16):
+            log.warning("float16 is slow on CPUs: bfloat16 or float32 is faster")
         path = Path(path) if path is not None else shipped_model()
         model = load_model(path, config, device=where, dtype=precision)
         name = path.resolve().name if path.is_dir() else path.stem
@@ -162,6 +164,11 @@ class StableDiffusion:
         image = None if source is None else load_image(source)
         request = self.resolve(request, image)
         assert request.width is not None and request.height is not None
+        if request.width * request.height > 4 * self.config.image_size**2:
+            log.warning(
+                "%d×%d pixels are many for a model trained at %d×%d: a smaller width or height is faster",
+                *(request.width, request.height, self.config.image_size, self.config.image_size),
+            )
         start, levels = self._trajectory(request)
         side = self.config.vae.downsampling
         shape = (self.config.vae.latent_channels, request.height // side, request.width // side)

@@ -33,7 +33,7 @@ class Request:
     negative_prompt: str = option("", "what it should not show")
     steps: int = option(25, f"denoising steps, 1 to {MAX_STEPS}")
     cfg_scale: float = option(7.5, "classifier-free guidance scale; 1 is none")
-    sampler: str = option("ddim", f"one of {', '.join(samplers.NAMES)}")
+    sampler: str = option("ddim", f"one of {', '.join(samplers.NAMES)}; plms wants 50 steps or more")
     eta: float = option(0.0, "noise added back at each step, 0 to 1, of the ddim sampler")
     seed: int | None = option(None, "of the first image, the others count up from it; none given: a random one")
     width: int | None = option(None, "in pixels, a multiple of 8; none given: the model's, or the initial image's")
@@ -96,7 +96,8 @@ class Request:
             raise RequestError(f"a request must be JSON ({error})") from error
         known = {f.name for f in fields(cls)}
         if not isinstance(values, dict) or "prompt" not in values or not values.keys() <= known:
-            raise RequestError(f"a request must be a JSON object of a prompt and any of {', '.join(sorted(known))}")
+            unknown = f", got {brief(sorted(values.keys() - known))}" if isinstance(values, dict) else ""
+            raise RequestError(f"a request must be JSON of a prompt and any of {', '.join(sorted(known))}{unknown}")
         return cls(**values)
 
 

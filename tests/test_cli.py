@@ -247,7 +247,7 @@ def test_closed_output_is_no_traceback(tmp_path):
     err = process.stderr.read()
     assert process.wait() == 1
     assert b"Traceback" not in err
-    assert err.endswith(b"ldm: Broken pipe\n")
+    assert b"Broken" not in err
 
 
 def test_help_is_fast():

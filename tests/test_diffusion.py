@@ -248,6 +248,7 @@ def test_guidance_batched_and_split_are_the_formula():
         lambda: samplers.levels("ddim", SCHEDULE, 1001),
         lambda: samplers.levels("ddim", SCHEDULE, 10, grid="cubic"),
         lambda: samplers.run("plms", None, None, [], None, eta=0.5),
+        lambda: samplers.run("ddim", None, None, [], None, eta=5),
         lambda: NoiseSchedule(ScheduleConfig(beta_schedule="sigmoid")),
         lambda: NoiseSchedule(ScheduleConfig(beta_end=1.5)),
         lambda: NoiseSchedule(ScheduleConfig(beta_start=0.0, beta_end=0.0)),

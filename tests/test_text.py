@@ -67,6 +67,7 @@ def test_ids_are_padded_with_the_end_token(encoder):
     assert ids.shape == (2, 77)
     assert ids[0].tolist() == [49406, 320, 4558] + [49407] * 74
     assert ids[1].tolist() == [49406] + [49407] * 76
+    assert torch.equal(encoder.tokenize("a horse"), ids[:1])
 
 
 def test_longer_prompts_are_cut_and_the_rest_is_named(encoder, caplog):
@@ -75,6 +76,9 @@ def test_longer_prompts_are_cut_and_the_rest_is_named(encoder, caplog):
     assert ids[0, -2:].tolist() == [320, 49407]
     assert "'horse in a hat'" in caplog.text
     assert "79 tokens" in caplog.text
+    caplog.clear()
+    encoder.tokenize(["a " * 10_000])
+    assert len(caplog.text) < 500
     caplog.clear()
     encoder.tokenize(["a " * 75])
     assert not caplog.text

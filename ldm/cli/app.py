@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     except LdmError as error:
         print(f"ldm: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    except BrokenPipeError:  # whoever read the paths has read enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it at exit)
         return EXIT_FAILURE
     except OSError as error:
         print(f"ldm: {': '.join(str(part) for part in (error.filename, error.strerror) if part)}", file=sys.stderr)

@@ -103,9 +103,11 @@ def run(
 ) -> Iterator[Step]:
     """Sampler `name` from latents `x` at `levels[0]` down to `levels[-1]`.
 
-    Raises ValueError for an unknown name, or an eta the sampler has no use for.
+    Raises ValueError for an unknown name, an eta outside 0 … 1, or one the sampler has no use for.
     """
     method = _method(name)
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}: use 0 to 1")
     if method.takes_eta:
         return partial(method.sampler, eta=eta)(denoise, x, levels, noise)
     if eta:
@@ -124,7 +126,11 @@ def sample(
     eta: float = 0.0,
     grid: str | None = None,
 ) -> Iterator[Step]:
-    """`run` over all the `levels` of a schedule; `x` is standard normal noise."""
+    """The steps of sampler `name` over all the `levels` of a schedule, from standard normal noise `x`.
+
+    `denoise` maps (x, level) to a Prediction (prediction.denoiser makes one of a network); `noise` draws standard
+    normal tensors shaped like `x`. Raises ValueError as `levels` and `run` do.
+    """
     return run(name, denoise, x, levels(name, schedule, steps, grid), noise, eta)
 
 

@@ -41,15 +41,16 @@ class TextEncoder(nn.Module):
         )
         self.transformer = getattr(model, "text_model", model)  # transformers has no text_model level since 5.6
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+    def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
         """Token ids (b, max_length), padded with the end token; a longer prompt is cut, and a warning says where."""
-        ids = self.tokenizer(list(prompts), padding=False, truncation=False, verbose=False)["input_ids"]
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = self.tokenizer(prompts, padding=False, truncation=False, verbose=False)["input_ids"]
         room = self.config.max_length
         for prompt_ids in ids:
             if len(prompt_ids) > room:
-                dropped = self.tokenizer.decode(prompt_ids[room - 1 : -1])
+                dropped = self.tokenizer.decode(prompt_ids[room - 1 : -1][:75])
                 log.warning(
-                    "prompt cut: %d tokens, the limit is %d; dropped: %r", len(prompt_ids) - 2, room - 2, dropped
+                    "prompt cut: %d tokens, the limit is %d; dropped: %.300r", len(prompt_ids) - 2, room - 2, dropped
                 )
                 prompt_ids[room - 1 :] = [self.tokenizer.eos_token_id]
         padded = [prompt_ids + [self.tokenizer.pad_token_id] * (room - len(prompt_ids)) for prompt_ids in ids]
@@ -60,6 +61,6 @@ class TextEncoder(nn.Module):
         return self.transformer(input_ids=token_ids).last_hidden_state
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
+    def encode(self, prompts: str | Sequence[str]) -> Tensor:
         """Prompts → hidden states (b, max_length, width). An empty prompt is the unconditional one."""
         return self(self.tokenize(prompts).to(next(self.parameters()).device))
