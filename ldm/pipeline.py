@@ -59,12 +59,14 @@ class StableDiffusion:
         cls,
         path: str | Path | None = None,
         *,
+        vae: str | Path | None = None,
         config: ModelConfig | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
     ) -> StableDiffusion:
         """From a single file or a diffusers folder; the shipped model where no path is given.
 
+        vae: a file or folder whose autoencoder to use instead of the model's own.
         device: auto, cpu, cuda, cuda:N, mps. dtype: auto, float32, float16, bfloat16. `config` overrides what the
         file tells (single files do not tell the number of heads). Raises CheckpointError and RequestError.
         """
@@ -73,7 +75,7 @@ class StableDiffusion:
         if (where.type, precision) == ("cpu", torch.float16):
             log.warning("float16 is slow on CPUs: bfloat16 or float32 is faster")
         path = Path(path) if path is not None else shipped_model()
-        model = load_model(path, config, device=where, dtype=precision)
+        model = load_model(path, config, vae=vae, device=where, dtype=precision)
         name = path.resolve().name if path.is_dir() else path.stem
         return cls(model.unet, model.vae, model.text, model.config, name, where, precision)
 

@@ -28,6 +28,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 PARITY: dict[str, tuple[float, float]] = {}
+MEASURED: list[str] = []  # lines to print after the tests
 
 
 def assert_parity(what: str, actual: Tensor, expected: Tensor, bound: float) -> None:
@@ -42,6 +43,8 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("relative L2 error, float32, CPU")
     for what, (error, bound) in PARITY.items():
         terminalreporter.write_line(f"{what:<60} {error:.1e}  (bound {bound:.0e})")
+    for line in MEASURED:
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

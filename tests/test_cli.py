@@ -70,7 +70,7 @@ def test_every_flag_reaches_the_request(capsys, tmp_path):
     [path] = make(
         capsys, "txt2img", "--prompt", "a", "--negative-prompt", "b", "--steps", 3, "--cfg-scale", 2,
         "--sampler", "ddim", "--eta", 0.5, "--seed", 9, "-H", 72, "-W", 80, "--batch-size", 1, "--batch-count", 1,
-        "--model", SHIPPED, "--outdir", tmp_path, "--device", "cpu", "--dtype", "float32",
+        "--model", SHIPPED, "--vae", SHIPPED / "vae", "--outdir", tmp_path, "--device", "cpu", "--dtype", "float32",
     )  # fmt: skip
     assert read_request(path) == Request(
         prompt="a", negative_prompt="b", steps=3, cfg_scale=2.0, eta=0.5, seed=9, height=72, width=80
@@ -184,6 +184,7 @@ def test_bad_models_are_one_line(broken, capsys, tmp_path, file, expected):
         (["txt2img", "-p", "a", "--dtype", "int4"], 2, "dtype is 'int4'"),
         (["txt2img", "-p", "a", "--sampler", "magic"], 2, "use one of ddim, plms, ddpm"),
         (["txt2img", "-p", "a", "--plms", "--eta", "1"], 2, "plms has none"),
+        (["txt2img", "-p", "a", "--vae", "absent.safetensors"], 1, "absent.safetensors: no such file or folder"),
         (["txt2img", "-p", "a", "--model", "absent.safetensors"], 1, "absent.safetensors: no such file or folder"),
         (["txt2img", "--from-file", "absent.txt"], 1, "absent.txt: No such file or directory"),
         (["img2img", "-p", "a"], 2, "--init-img"),

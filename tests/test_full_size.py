@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import assert_parity
+from conftest import MEASURED, assert_parity
 from PIL import Image
 from safetensors.torch import load_file
 from synthetic import DATA
@@ -137,7 +137,7 @@ def test_txt2img_and_img2img_offline(full_size_fp16, tmp_path):
         command = [sys.executable, "-c", OFFLINE, *map(str, args), "--model", str(full_size_fp16)]
         done = subprocess.run([*command, "--outdir", str(tmp_path)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        print(args[0], done.stderr.splitlines()[-1])
+        MEASURED.append(f"full-size {args[0]} 512×512, {done.stderr.splitlines()[-1]}")
         assert "left out, not needed: noise schedule (12 tensors)" in done.stderr
         return Path(done.stdout.strip())
 

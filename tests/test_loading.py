@@ -20,6 +20,7 @@ from ldm.checkpoint.layouts import open_checkpoint
 from ldm.checkpoint.names import text_names, unet_names, vae_names
 from ldm.errors import CheckpointError
 from ldm.models.unet import UNet
+from ldm.models.vae import VAE
 
 MODEL = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
 
@@ -186,6 +187,25 @@ def test_component_folders_and_files(part, shipped):
     assert same_weights(load(SHIPPED / part), expected)
     [file] = (SHIPPED / part).glob("*.safetensors")
     assert same_weights(load(file), expected)
+
+
+def test_vae_in_place_of_the_models_own(tmp_path, shipped):
+    other = VAEConfig(channels=16, channel_mult=(1, 1, 1, 1), blocks_per_level=1, norm_groups=8, scale_factor=0.5)
+    torch.manual_seed(0)
+    vae = VAE(other)
+    names = {row.ours: row.diffusers for row in vae_names(other)}
+    tensors = {f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": t for key, t in vae.state_dict().items()}
+    save(tensors, tmp_path / "vae.safetensors")
+    config = json.loads((SHIPPED / "vae" / "config.json").read_text())
+    changes = {"block_out_channels": [16] * 4, "norm_num_groups": 8, "scaling_factor": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    model = load_model(SHIPPED, vae=tmp_path / "vae.safetensors")
+    assert same_weights(model.vae, vae)
+    assert model.config.vae == other
+    assert same_weights(model.unet, shipped.unet)
+    folder = shutil.copytree(SHIPPED, tmp_path / "model", ignore=shutil.ignore_patterns("vae"))
+    assert same_weights(load_model(folder, vae=SHIPPED / "vae").vae, shipped.vae)  # a model without one
+    assert "holds no VAE (found: U-Net)" in fault(lambda: load_model(SHIPPED, vae=SHIPPED / "unet"))
 
 
 def test_fp16_variant_folder(tmp_path, shipped):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,15 +41,21 @@ def load_model(
     path: str | Path,
     config: ModelConfig | None = None,
     *,
+    vae: str | Path | None = None,
     device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Model:
     """A whole model from a single file or a diffusers folder; `config` overrides what the file tells.
 
+    `vae` is a file or folder whose autoencoder is used instead of the model's own.
+
     Raises CheckpointError, naming every missing, unexpected or misshapen tensor of the first network that has any.
     """
     path = Path(path)
     checkpoint = open_checkpoint(path)
+    if vae is not None:
+        other = open_checkpoint(Path(vae)).part("vae", Path(vae))
+        checkpoint = replace(checkpoint, parts={**checkpoint.parts, "vae": other})
     config = config or _read_config(checkpoint, path)
     return Model(
         unet=_load(checkpoint, path, "unet", config.unet, device, dtype),

@@ -74,6 +74,7 @@ def _add_flags(parser: argparse.ArgumentParser, strength: float | None = None) -
         "--model", metavar="PATH", help="a .safetensors or .ckpt file, or a diffusers folder (default: shipped)"
     )
     _add_alias(how, "--ckpt", dest="model")
+    how.add_argument("--vae", metavar="PATH", help="a file or folder whose VAE to use instead of the model's")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     how.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default auto)")
     how.add_argument("--outdir", type=Path, default=Path("outputs"), help="where pictures go (default outputs)")
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     from ldm.pipeline import StableDiffusion
 
     init_image = images.load_image(args.init_img) if args.init_img else None
-    sd = StableDiffusion.load(args.model, device=args.device, dtype=args.dtype)
+    sd = StableDiffusion.load(args.model, vae=args.vae, device=args.device, dtype=args.dtype)
     args.outdir.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=args.outdir).close()  # fails where nothing can be written
     made: list[Image.Image] = []
