@@ -188,7 +188,8 @@ def unet_from_json(json: Json, where: str) -> UNetConfig:
     read = _Reader(json, UNET_REQUIRED, where)
     widths = read.integers("block_out_channels")
     down = json.get("down_block_types")
-    if not isinstance(down, list) or len(down) != len(widths) or any(kind not in list(UP_BLOCK) for kind in down):
+    known = list(UP_BLOCK)  # a list, because what a file holds in this place may not be hashable
+    if not isinstance(down, list) or len(down) != len(widths) or any(kind not in known for kind in down):
         raise read.error("down_block_types", f"{len(widths)} of {' and '.join(UP_BLOCK)}")
     up = [UP_BLOCK[kind] for kind in reversed(down)]
     if json.get("up_block_types") != up:

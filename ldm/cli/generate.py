@@ -101,9 +101,9 @@ def run(args: argparse.Namespace) -> None:
     for first, batch in itertools.product(firsts, range(args.batch_count)):
         seed = (first.seeds()[0] + batch * first.batch_size) % SEEDS
         request = sd.resolve(replace(first, seed=seed), init_image)
+        steps = sd.grid_length(request)
         pictures = sd.generate(request, init_image, progress=True)
         for image, alone in zip(pictures, request.images(), strict=True):
-            steps = sd.grid_length(alone)
             save = partial(metadata.save_png, image=image, request=alone, steps=steps, model=sd.name)
             _save_numbered(args.outdir, f"{alone.seed}", save)
         if args.grid:
