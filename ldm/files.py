@@ -1,10 +1,15 @@
-"""Writing files whole or not at all."""
+"""Writing files and folders whole or not at all, and the checksum of a file."""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import os
+import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,15 +19,66 @@ def write_new(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises FileExistsError where the path is taken.
     """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    with staged_file(path) as temporary, temporary.open("wb") as file:
+        write(file)
+
+
+@contextmanager
+def staged_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """The path of a temporary file to fill; it takes the name `path` when the block ends without an error.
+
+    At any moment there is the old file or the new one, whole. Raises FileExistsError where the path is taken, unless
+    `overwrite`.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".part")
+    os.close(descriptor)
     temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
+        yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        _link(temporary, path)
+        if overwrite:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # so that not even a loss of power leaves neither
+            temporary.replace(path)
+        else:
+            _link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """As `staged_file`, for a folder. Raises FileExistsError where `path` is no empty folder, unless `overwrite`."""
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".part"))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if overwrite and path.exists():
+            _exchange(temporary, path)
+        else:
+            try:
+                temporary.rename(path)
+            except OSError as error:
+                raise FileExistsError(f"{path} exists") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two names in one step, where the system can: a folder with content cannot be renamed over."""
+    names = os.fsencode(first), os.fsencode(second)
+    swapped = False
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "renameat2"):
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        swapped = libc.renameat2(here, names[0], here, names[1], exchange) == 0
+    elif sys.platform == "darwin":
+        swap = 2  # RENAME_SWAP
+        swapped = ctypes.CDLL(None).renamex_np(*names, swap) == 0
+    if not swapped:  # a file system that cannot: two steps, between which the old content has the longer name
+        aside = first.with_suffix(".old")
+        second.rename(aside)
+        first.rename(second)
+        aside.rename(first)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -41,3 +97,16 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def sha256(path: Path) -> str:
+    """Of a whole file, with a bar on stderr, because a model takes seconds to minutes."""
+    from tqdm import tqdm
+
+    digest = hashlib.sha256()
+    total = path.stat().st_size
+    with path.open("rb") as file, tqdm(total=total, desc="sha256", unit="B", unit_scale=True, leave=False) as bar:
+        while chunk := file.read(8 << 20):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()

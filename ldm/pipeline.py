@@ -15,7 +15,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.adapters.folders import find_loras
+from ldm.adapters.handle import Handle
+from ldm.adapters.lora import read_lora
+from ldm.adapters.merge import Adapters, Dose
+from ldm.adapters.textual_inversion import Embeddings, read_embedding
 from ldm.checkpoint import load_model
+from ldm.checkpoint.sources import Choices
 from ldm.config import ModelConfig
 from ldm.diffusion import Denoise, Level, NoiseSchedule, Step, samplers
 from ldm.diffusion.guidance import guide_batched, guide_split
@@ -25,6 +31,7 @@ from ldm.images import load_image, to_image, to_tensor
 from ldm.models.text import TextEncoder
 from ldm.models.unet import KeyValue, UNet
 from ldm.models.vae import VAE
+from ldm.prompt import split_loras
 from ldm.request import DEFAULT_STRENGTH, SIZE_MULTIPLE, Request
 from ldm.runtime.device import pick_device, pick_dtype
 from ldm.runtime.memory import first_that_fits
@@ -53,6 +60,7 @@ class StableDiffusion:
     name: str
     device: torch.device
     dtype: torch.dtype
+    lora_folders: tuple[Path, ...] = ()  # where the LoRAs are that prompts name
 
     @classmethod
     def load(
@@ -60,24 +68,35 @@ class StableDiffusion:
         path: str | Path | None = None,
         *,
         vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        ema: bool = False,
+        prediction_type: str | None = None,
+        zero_terminal_snr: bool | None = None,
+        allow_nonfinite: bool = False,
         config: ModelConfig | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        lora_folders: Sequence[str | Path] = (),
     ) -> StableDiffusion:
         """From a single file or a diffusers folder; the shipped model where no path is given.
 
-        vae: a file or folder whose autoencoder to use instead of the model's own.
-        device: auto, cpu, cuda, cuda:N, mps. dtype: auto, float32, float16, bfloat16. `config` overrides what the
-        file tells (single files do not tell the number of heads). Raises CheckpointError and RequestError.
+        vae, text_encoder: a file or folder whose network to use instead of the model's own.
+        ema: take the EMA weights of the U-Net. prediction_type: epsilon or v_prediction, and zero_terminal_snr: whether
+        to rescale the noise schedule so that it ends at pure noise; None leaves both to what the file tells.
+        allow_nonfinite: load weights that are NaN or infinite. config: overrides all that the file tells (single files
+        do not tell the number of heads). device: auto, cpu, cuda, cuda:N, mps. dtype: auto, float32, float16, bfloat16.
+        lora_folders: where to look for the LoRAs that prompts name. Raises CheckpointError and RequestError.
         """
+        choices = Choices(vae, text_encoder, ema, prediction_type, zero_terminal_snr)
         where = pick_device(device)
         precision = pick_dtype(dtype, where)
         if (where.type, precision) == ("cpu", torch.float16):
             log.warning("float16 is slow on CPUs: bfloat16 or float32 is faster")
         path = Path(path) if path is not None else shipped_model()
-        model = load_model(path, config, vae=vae, device=where, dtype=precision)
+        model = load_model(path, config, choices, device=where, dtype=precision, allow_nonfinite=allow_nonfinite)
         name = path.resolve().name if path.is_dir() else path.stem
-        return cls(model.unet, model.vae, model.text, model.config, name, where, precision)
+        folders = tuple(Path(folder) for folder in lora_folders)
+        return cls(model.unet, model.vae, model.text, model.config, name, where, precision, folders)
 
     def txt2img(self, prompt: str, **fields: Any) -> list[Image.Image]:
         """Pictures of a prompt; `fields` are those of Request. Raises RequestError, NumericalError."""
@@ -96,15 +115,68 @@ class StableDiffusion:
         self, request: Request, image: str | Path | Image.Image | None = None, progress: bool = False
     ) -> list[Image.Image]:
         """The pictures of a request, from an initial image if it has a strength; `progress` draws a bar on stderr."""
-        latents, levels, steps = self._sampling(request, image)
-        for step in tqdm(steps, total=len(levels) - 1, unit="step", disable=not progress):
-            latents = step.x
+        with self.adapters.prompted(self._doses(request)):
+            latents, levels, steps = self._sampling(request, image)
+            for step in tqdm(steps, total=len(levels) - 1, unit="step", disable=not progress):
+                latents = step.x
         return self.decode(latents)
 
     def stream(self, request: Request, image: str | Path | Image.Image | None = None) -> Iterator[Step]:
-        """The steps of a request as they are made; `step.x` and `step.x0` are latents for `decode`."""
-        _, _, steps = self._sampling(request, image)
-        return steps
+        """The steps of a request as they are made; `step.x` and `step.x0` are latents for `decode`.
+
+        LoRAs that the prompt names are in the weights from the first step to the last, or until the iterator is closed.
+        """
+        picture = None if image is None else load_image(image)
+        self.resolve(request, picture)  # its faults are found here, not at the first step
+
+        def steps(doses: list[Dose]) -> Iterator[Step]:
+            with self.adapters.prompted(doses):
+                yield from self._sampling(request, picture)[2]
+
+        return steps(self._doses(request))
+
+    def load_lora(
+        self,
+        path: str | Path,
+        strength: float = 1.0,
+        *,
+        text_strength: float | None = None,
+        name: str | None = None,
+        allow_nonfinite: bool = False,
+    ) -> Handle:
+        """Merge a LoRA, or one of its relatives, into the weights, until the handle removes it or its `with` ends.
+
+        text_strength: that in the text encoder, `strength` where not given. name: what prompts call it, the file's
+        stem where not given. Raises CheckpointError, and RequestError for a strength that is not finite.
+        """
+        lora = read_lora(path, self.unet, self.text, name=name, allow_nonfinite=allow_nonfinite)
+        return self.adapters.add(Dose(lora, strength, strength if text_strength is None else text_strength))
+
+    def load_embedding(self, path: str | Path, token: str | None = None, *, allow_nonfinite: bool = False) -> Handle:
+        """Let a word of prompts stand for an embedding, until the handle removes it or its `with` ends.
+
+        token: the word; the file's stem where not given, and the token it is saved under. Raises CheckpointError, and
+        RequestError for a word that is taken.
+        """
+        return self.embeddings.add(read_embedding(path, self.text, token, allow_nonfinite=allow_nonfinite))
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        """The LoRAs in the weights. Of objects that share networks, only one may load any."""
+        return Adapters(self.unet, self.text)
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        return Embeddings(self.text)
+
+    def _doses(self, request: Request) -> list[Dose]:
+        """The LoRAs that a request's prompt names. Raises RequestError and CheckpointError, before anything slow."""
+        tags = split_loras(request.prompt)[1]
+        if ignored := split_loras(request.negative_prompt)[1]:
+            log.warning("a negative prompt takes no LoRAs: %s ignored", ", ".join(tag.name for tag in ignored))
+        files = find_loras((tag.name for tag in tags), self.lora_folders, self.adapters.loaded)
+        loras = self.adapters.loaded | {name: read_lora(path, self.unet, self.text) for name, path in files.items()}
+        return [Dose(loras[tag.name], tag.unet, tag.text) for tag in tags]
 
     def resolve(self, request: Request, image: Image.Image | None = None) -> Request:
         """The request with a size and a seed. Raises RequestError for what this model cannot do.
@@ -184,7 +256,17 @@ class StableDiffusion:
                 x = start.add_noise(x, noise())
             else:
                 log.warning("strength %s of %d steps is less than one: none is run", request.strength, request.steps)
-        return x, levels, samplers.run(request.sampler, self._denoiser(request, levels), x, levels, noise, request.eta)
+        steps = samplers.run(request.sampler, self._denoiser(request, levels), x, levels, noise, request.eta)
+        return x, levels, self._of_one_model(steps, self.adapters.active)
+
+    def _of_one_model(self, steps: Iterator[Step], loras: tuple[Dose, ...]) -> Iterator[Step]:
+        """The steps, as long as the weights are those that the prompt was encoded with. Raises RequestError."""
+        while True:
+            if self.adapters.active != loras:
+                raise RequestError("the LoRAs changed while a picture was being made: finish or close it first")
+            if (step := next(steps, None)) is None:
+                return
+            yield step
 
     def _denoiser(self, request: Request, levels: list[Level]) -> Denoise:
         """The guided U-Net, with all that is constant over the steps computed here."""
@@ -192,7 +274,7 @@ class StableDiffusion:
             times = [level.t for level in levels]
             shifts = self.unet.embed_time(torch.tensor(times, device=self.device))
             shifts_at = dict(zip(times, zip(*(shift.split(1) for shift in shifts), strict=True), strict=True))
-            context = self.text.encode([request.negative_prompt, request.prompt])
+            context = self.text.encode([split_loras(text)[0] for text in (request.negative_prompt, request.prompt)])
             uncond, cond = zip(
                 *(_halves(kv, request.batch_size) for kv in self.unet.embed_context(context)), strict=True
             )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -92,6 +93,13 @@ def tiny_vae(tiny_path) -> VAE:
 def shipped() -> StableDiffusion:
     """The shipped model in float32 on the CPU."""
     return StableDiffusion.load(device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """Emptied after each test: models are large."""
+    yield tmp_path
+    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

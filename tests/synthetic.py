@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ldm.checkpoint.header import Entry, write_header
 
 DATA = Path(__file__).parent / "data"
 
@@ -35,3 +37,12 @@ def shapes(manifest: str, prefixes: Iterable[str] = ("",)) -> dict[str, list[int
 
 def state_dict(manifest: str, prefixes: Iterable[str] = ("",)) -> dict[str, Tensor]:
     return {key: make_tensor(key, shape) for key, shape in shapes(manifest, prefixes).items()}
+
+
+def hollow_file(path: Path, shapes: Mapping[str, Sequence[int]], dtype: str = "F32", metadata: Mapping[str, str] = {}):
+    """A safetensors file of zeros that takes no space on the disk, however large its tensors are."""
+    tensors = [(name, dtype, tuple(shape)) for name, shape in shapes.items()]
+    with path.open("wb") as file:
+        write_header(file, tensors, metadata)
+        file.truncate(file.tell() + sum(Entry(dtype, shape, 0).nbytes for _, dtype, shape in tensors))
+    return path

@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"ldm.config", "ldm.errors", "ldm.files"},
-    {"ldm.models", "ldm.diffusion", "ldm.images"},
-    {"ldm.checkpoint", "ldm.runtime", "ldm.request"},
+    {"ldm.models", "ldm.diffusion", "ldm.images", "ldm.prompt"},
+    {"ldm.checkpoint", "ldm.hub", "ldm.runtime", "ldm.request"},
+    {"ldm.adapters"},
     {"ldm.pipeline", "ldm.metadata"},
     {"ldm.cli"},
     {"ldm.__main__"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -258,3 +259,40 @@ def test_guidance_batched_and_split_are_the_formula():
 def test_what_does_not_exist_is_refused(call):
     with pytest.raises(ValueError, match=r"use|leave|must"):
         call()
+
+
+def test_zero_terminal_snr():
+    """Against diffusers, whose betas are float32; nothing is left of the signal at the end, the start is as it was."""
+    config = ScheduleConfig(prediction_type="v_prediction", zero_terminal_snr=True)
+    schedule = NoiseSchedule(config)
+    theirs = diffusers.DDIMScheduler(
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule="scaled_linear",
+        rescale_betas_zero_snr=True,
+    )
+    assert relative_error(schedule.alphas_cumprod, theirs.alphas_cumprod) < 1e-5
+    assert schedule.level(999) == Level(999.0, 0.0, 1.0)
+    assert schedule.level(0).alpha == pytest.approx(NoiseSchedule(ScheduleConfig()).level(0).alpha, abs=1e-12)
+    assert schedule.betas[-1] == 1
+    with pytest.raises(ValueError, match="zero-terminal SNR needs v_prediction"):
+        NoiseSchedule(replace(config, prediction_type="epsilon"))
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_sampling_from_zero_terminal_snr_is_exact(name):
+    """From pure noise to a point, the only picture there is, which v tells even where no signal is left."""
+    target = torch.tensor([[[[0.3, -0.7]]]], dtype=torch.float64)
+    schedule = NoiseSchedule(ScheduleConfig(prediction_type="v_prediction", zero_terminal_snr=True))
+
+    def network(x, level):
+        eps = (x - level.alpha * target) / level.sigma
+        return level.alpha * eps - level.sigma * target
+
+    steps = list(
+        samplers.sample(
+            name, denoiser(network, "v_prediction"), torch.randn(1, 1, 1, 2).double(), schedule,
+            steps=1000, noise=lambda: torch.randn(1, 1, 1, 2).double(),
+        )
+    )  # fmt: skip
+    assert all(relative_error(step.x0, target) < 1e-9 for step in steps)

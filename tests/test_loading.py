@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import SHIPPED, TINY_UNET, relative_error
 from safetensors.torch import load_file, save_file
-from synthetic import state_dict
+from synthetic import hollow_file, shapes, state_dict
 
 from ldm import ModelConfig, StableDiffusion, TextConfig, UNetConfig, VAEConfig
 from ldm.checkpoint import load_model, load_text, load_unet, load_vae
-from ldm.checkpoint.layouts import open_checkpoint
 from ldm.checkpoint.names import text_names, unet_names, vae_names
+from ldm.checkpoint.sources import Choices, open_checkpoint
 from ldm.errors import CheckpointError
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
@@ -63,17 +63,14 @@ def test_configs_are_read_from_shapes(tiny_path):
 
 
 def test_sd_v1_configs_are_the_defaults(tmp_path, caplog):
-    """Full-size shapes without their data: tensors of one stored zero."""
-    shapes = json.loads((SHIPPED.parent.parent / "tests" / "data" / "sd-v1-keys.json").read_text())
-    torch.save(
-        {"state_dict": {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}}, tmp_path / "v1.ckpt"
-    )
-    with caplog.at_level("INFO", logger="ldm"):
-        parts = open_checkpoint(tmp_path / "v1.ckpt").parts
-    configs = {name: part.read_config() for name, part in parts.items()}
+    checkpoint = open_checkpoint(hollow_file(tmp_path / "v1.safetensors", shapes("sd-v1-keys.json")))
+    configs = {name: part.read_config() for name, part in checkpoint.parts.items()}
     assert configs == {"unet": UNetConfig(), "vae": VAEConfig(), "text": TextConfig()}
+    with caplog.at_level("INFO", logger="ldm"):
+        checkpoint.report()
     assert "left out, not needed: noise schedule (12 tensors)" in caplog.text
     assert "left out, not needed: position ids (1 tensors)" in caplog.text
+    assert "predicts epsilon (Stable Diffusion v1's: nothing else is said)" in caplog.text
 
 
 @pytest.mark.parametrize("channels", [8, 9])
@@ -138,6 +135,7 @@ def test_what_is_left_out_is_counted_by_reason(tiny, tmp_path, caplog):
     path = save(tiny | extra, tmp_path / "m.safetensors")
     with caplog.at_level("INFO", logger="ldm"):
         unet = load_unet(path, TINY_UNET)
+        open_checkpoint(path).report()
     assert "EMA weights (2 tensors)" in caplog.text
     assert "VAE training loss (1 tensors)" in caplog.text
     assert same_weights(unet, load_unet(save(tiny, tmp_path / "n.safetensors"), TINY_UNET))
@@ -199,13 +197,15 @@ def test_vae_in_place_of_the_models_own(tmp_path, shipped):
     config = json.loads((SHIPPED / "vae" / "config.json").read_text())
     changes = {"block_out_channels": [16] * 4, "norm_num_groups": 8, "scaling_factor": 0.5}
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
-    model = load_model(SHIPPED, vae=tmp_path / "vae.safetensors")
+    model = load_model(SHIPPED, choices=Choices(vae=tmp_path / "vae.safetensors"))
     assert same_weights(model.vae, vae)
     assert model.config.vae == other
     assert same_weights(model.unet, shipped.unet)
     folder = shutil.copytree(SHIPPED, tmp_path / "model", ignore=shutil.ignore_patterns("vae"))
-    assert same_weights(load_model(folder, vae=SHIPPED / "vae").vae, shipped.vae)  # a model without one
-    assert "holds no VAE (found: U-Net)" in fault(lambda: load_model(SHIPPED, vae=SHIPPED / "unet"))
+    assert same_weights(
+        load_model(folder, choices=Choices(vae=SHIPPED / "vae")).vae, shipped.vae
+    )  # a model without one
+    assert "holds no VAE (found: U-Net)" in fault(lambda: load_model(SHIPPED, choices=Choices(vae=SHIPPED / "unet")))
 
 
 def test_fp16_variant_folder(tmp_path, shipped):
@@ -227,8 +227,9 @@ def test_scheduler_config_is_honoured(tmp_path):
     schedule = load_model(folder).config.schedule
     assert (schedule.beta_schedule, schedule.prediction_type, schedule.timesteps) == ("cosine", "v_prediction", 500)
     file.write_text(json.dumps(settings | {"rescale_betas_zero_snr": True}))
-    with pytest.raises(CheckpointError, match="rescale_betas_zero_snr is True; only False is supported"):
-        load_model(folder)
+    assert load_model(folder).config.schedule.zero_terminal_snr
+    file.write_text(json.dumps(settings | {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}))
+    assert "zero-terminal SNR needs v_prediction" in fault(load_model, folder)
 
 
 def test_weights_are_views_of_the_file_where_nothing_changes(tiny_path):
@@ -248,7 +249,7 @@ def test_heads_are_sd_v1s_unless_told(tiny_path, golden):
 
 def test_a_given_config_takes_the_place_of_detection(tmp_path, shipped):
     path = shutil.copy(SHIPPED / "unet" / "diffusion_pytorch_model.safetensors", tmp_path)
-    assert "needs its config.json beside it" in fault(load_unet, path)
+    assert load_unet(path).config == replace(shipped.config.unet, heads=8)  # which leave no trace in shapes
     assert same_weights(load_unet(path, shipped.config.unet), shipped.unet)
     odd = UNetConfig(channels=48, channel_mult=(1, 2), attention_levels=(0,), heads=4, context_dim=8, norm_groups=16)
     unet = UNet(odd)
@@ -308,8 +309,8 @@ def test_every_missing_unexpected_and_misshapen_tensor_is_named(tiny, tmp_path):
     message = str(caught.value)
     assert "1 tensors (quant_conv.bias) missing" in message
     assert "1 tensors (surplus.weight) unexpected" in message
-    assert "encoder.conv_in.bias is float32[31], not [32]" in message
-    assert "decoder.conv_in.bias is int64[128], not [128]" in message
+    assert "encoder.conv_in.bias is F32[31], not [32]" in message
+    assert "decoder.conv_in.bias is I64[128], not [128]" in message
     assert len(caught.value.details) == 4
 
 
@@ -351,7 +352,7 @@ def test_absent_parts_are_named(tiny_path):
         (b"\xff" * 64, "not a readable .safetensors file"),
         (b"PK\x03\x04 not really a zip", "not a readable .safetensors file"),
         (b"\x80\x04\x95 not really a pickle", "damaged or holds more than tensors"),
-        ((2).to_bytes(8, "little") + b"{}", "holds no network"),
+        ((2).to_bytes(8, "little") + b"{}", "holds no tensors"),
         ((2).to_bytes(8, "little") + b"[]", "not a readable .safetensors file"),
         ((1 << 40).to_bytes(8, "little") + b"{}", "not a readable .safetensors file"),
     ],
@@ -483,7 +484,7 @@ def test_names_of_tensors_may_be_anything(tmp_path):
     assert message.isprintable()
     assert len(message) < 1000
     torch.save({0: torch.zeros(1)}, tmp_path / "m.ckpt")
-    assert "holds no state dict" in fault(load_model, tmp_path / "m.ckpt")
+    assert "holds no tensors" in fault(load_model, tmp_path / "m.ckpt")
 
 
 def test_absent_path(tmp_path):

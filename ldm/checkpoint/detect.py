@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from reprlib import repr as brief
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.diffusion.prediction import PREDICTION_TYPES
@@ -17,8 +17,6 @@ Json = Mapping[str, Any]
 
 # Files that are not an SD v1.x model, by a pattern that none of its keys match. The first row that fits names the file.
 OTHER_FAMILIES = {
-    r"lora_|lokr_|hada_": "a LoRA",
-    r"^(emb_params|string_to_param|<.*>)$": "a textual inversion embedding",
     r"^(control_model\.|input_hint_block\.|controlnet_|zero_convs\.)": "a ControlNet",
     r"^conditioner\.embedders\.|add_embedding\.linear_1|label_emb\.": "a Stable Diffusion XL model",
     r"^cond_stage_model\.model\.": "a Stable Diffusion 2.x model",
@@ -26,19 +24,30 @@ OTHER_FAMILIES = {
         "a Stable Diffusion 3 or Flux model"
     ),
 }
+# What is made to be added to a model; merges carry such keys too, so these count only where no network is found.
+ADDITIONS = {
+    r"lora_|lokr_|hada_|dora_scale": "a LoRA",
+    r"^(emb_params|string_to_param|clip_[lg]|<.*>)$": "a textual inversion embedding",
+    r"^(320|640|768|1280)$": "a hypernetwork",
+    r"motion_modules\.": "an AnimateDiff motion module",
+    r"^(ip_adapter|image_proj)\.": "an IP-Adapter",
+    r"^(encoder|decoder)\.layers\.\d|^\d+\.conv\.\d": "a TAESD autoencoder",
+}
 OTHER_CONTEXT_DIMS = {1024: "a Stable Diffusion 2.x model", 2048: "a Stable Diffusion XL model"}
 
 
-def refuse(what: str, where: str) -> CheckpointError:
-    return CheckpointError(f"{where}: this is {what}; expected a Stable Diffusion v1.x model")
+class OtherFamilyError(CheckpointError):
+    """A sound file of something else than Stable Diffusion v1.x."""
+
+    def __init__(self, family: str, where: str):
+        super().__init__(f"{where}: this is {family}; expected a Stable Diffusion v1.x model")
+        self.family = family
 
 
-def check_family(names: Iterable[str], where: str) -> None:
-    """Raises CheckpointError, naming the file for what it is, where it is not an SD v1.x model or a part of one."""
+def family(names: Iterable[str], table: Mapping[str, str]) -> str | None:
+    """What a file with these names is, by one of the tables above."""
     text = "\n".join(names)
-    for pattern, family in OTHER_FAMILIES.items():
-        if re.search(pattern, text, re.MULTILINE):
-            raise refuse(family, where)
+    return next((what for pattern, what in table.items() if re.search(pattern, text, re.MULTILINE)), None)
 
 
 def _count(shapes: Shapes, template: str) -> int:
@@ -56,7 +65,44 @@ def _multiples(widths: Sequence[int], where: str) -> tuple[int, ...]:
 
 
 def unet_from_shapes(shapes: Shapes, spelling: str, where: str) -> UNetConfig:
-    """The config of a U-Net in CompVis names. Heads and norm groups leave no trace in shapes: SD v1's are taken."""
+    """The config of a U-Net. Heads and norm groups leave no trace in shapes: SD v1's are taken."""
+    widths, blocks, attention_levels = UNET_LEVELS[spelling](shapes)
+    ends = UNET_ENDS[spelling]
+    channels, in_channels = shapes[ends.conv_in][:2]
+    context_dim = shapes[ends.context][1]
+    if context_dim in OTHER_CONTEXT_DIMS:
+        raise OtherFamilyError(OTHER_CONTEXT_DIMS[context_dim], where)
+    return UNetConfig(
+        in_channels=in_channels,
+        out_channels=shapes[ends.conv_out][0],
+        channels=channels,
+        channel_mult=_multiples([channels, *widths], where)[1:],
+        blocks_per_level=blocks,
+        attention_levels=tuple(attention_levels),
+        context_dim=context_dim,
+    )
+
+
+class _Ends(NamedTuple):
+    """Where a U-Net's channels show."""
+
+    conv_in: str
+    conv_out: str
+    context: str
+
+
+UNET_ENDS = {
+    "compvis": _Ends(
+        "input_blocks.0.0.weight", "out.2.weight", "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    ),
+    "diffusers": _Ends(
+        "conv_in.weight", "conv_out.weight", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    ),
+}
+
+
+def _compvis_levels(shapes: Shapes) -> tuple[list[int], int, list[int]]:
+    """Widths, blocks a level, and the levels that attend; the layers are counted through, so they are walked."""
     widths, attention_levels, blocks = [shapes["input_blocks.1.0.in_layers.2.weight"][0]], [], 0
     layer = 1
     while True:
@@ -68,21 +114,18 @@ def unet_from_shapes(shapes: Shapes, spelling: str, where: str) -> UNetConfig:
         elif f"input_blocks.{layer}.0.op.weight" in shapes:
             widths.append(0)  # the next block tells
         else:
-            break
+            return widths, blocks, attention_levels
         layer += 1
-    channels, in_channels = shapes["input_blocks.0.0.weight"][:2]
-    context_dim = shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1]
-    if context_dim in OTHER_CONTEXT_DIMS:
-        raise refuse(OTHER_CONTEXT_DIMS[context_dim], where)
-    return UNetConfig(
-        in_channels=in_channels,
-        out_channels=shapes["out.2.weight"][0],
-        channels=channels,
-        channel_mult=_multiples([channels, *widths], where)[1:],
-        blocks_per_level=blocks,
-        attention_levels=tuple(attention_levels),
-        context_dim=context_dim,
-    )
+
+
+def _diffusers_levels(shapes: Shapes) -> tuple[list[int], int, list[int]]:
+    block = "down_blocks.{}.resnets.{}.conv1.weight"
+    widths = [shapes[block.format(level, 0)][0] for level in range(_count(shapes, block.format("{}", 0)))]
+    attention_levels = [n for n in range(len(widths)) if f"down_blocks.{n}.attentions.0.norm.weight" in shapes]
+    return widths, _count(shapes, block.format(0, "{}")), attention_levels
+
+
+UNET_LEVELS = {"compvis": _compvis_levels, "diffusers": _diffusers_levels}
 
 
 VAE_BLOCKS = {  # where a level's ResBlocks are, by spelling
@@ -135,7 +178,7 @@ VAE_REQUIRED = {
     "use_quant_conv": True, "use_post_quant_conv": True,
 }  # fmt: skip
 TEXT_REQUIRED = {"layer_norm_eps": 1e-5}
-SCHEDULER_REQUIRED = {"rescale_betas_zero_snr": False, "trained_betas": None}
+SCHEDULER_REQUIRED = {"trained_betas": None}
 
 DIFFUSERS_BETA_SCHEDULES = {"squaredcos_cap_v2": "cosine"}  # the others have our names
 
@@ -171,6 +214,11 @@ class _Reader:
             raise self.error(key, "a positive number")
         return float(value)
 
+    def flag(self, key: str) -> bool:
+        if (value := self.json.get(key)) is not None and type(value) is not bool:
+            raise self.error(key, "true or false")
+        return bool(value)
+
     def choice(self, key: str, default: str, allowed: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
         value = default if self.json.get(key) is None else self.json[key]
         if aliases and isinstance(value, str):
@@ -184,7 +232,7 @@ def unet_from_json(json: Json, where: str) -> UNetConfig:
     """The config of a U-Net from diffusers' unet/config.json."""
     for context_dim, family in OTHER_CONTEXT_DIMS.items():
         if json.get("cross_attention_dim") == context_dim:
-            raise refuse(family, where)
+            raise OtherFamilyError(family, where)
     read = _Reader(json, UNET_REQUIRED, where)
     widths = read.integers("block_out_channels")
     down = json.get("down_block_types")
@@ -252,4 +300,43 @@ def schedule_from_json(json: Json, where: str) -> ScheduleConfig:
         beta_start=read.number("beta_start", 0.0001),
         beta_end=read.number("beta_end", 0.02),
         prediction_type=read.choice("prediction_type", "epsilon", PREDICTION_TYPES),
+        zero_terminal_snr=read.flag("rescale_betas_zero_snr"),
     )
+
+
+# What CompVis's YAML files and the modelspec in a file's metadata call the prediction types.
+PARAMETERIZATIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction"}
+
+
+def schedule_from_yaml(yaml: Json, where: str) -> dict[str, Any]:
+    """The fields of ScheduleConfig that a CompVis YAML file tells. Its "linear" is what we call scaled linear."""
+    params = _params(yaml, "model")
+    read = _Reader(params, {"beta_schedule": "linear"}, where)
+    fields: dict[str, Any] = {}
+    if "parameterization" in params:
+        fields["prediction_type"] = read.choice("parameterization", "eps", PREDICTION_TYPES, PARAMETERIZATIONS)
+    if "timesteps" in params:
+        fields["timesteps"] = read.integer("timesteps", most=100_000)
+    for theirs, ours in {"linear_start": "beta_start", "linear_end": "beta_end"}.items():
+        if theirs in params:
+            fields[ours] = read.number(theirs, 0)
+    return fields
+
+
+def hints_from_yaml(yaml: Json, where: str) -> dict[str, dict[str, Any]]:
+    """What a CompVis YAML file tells of the networks that shapes do not: fields of their configs, by part."""
+    model = _params(yaml, "model")
+    unet = _params(model, "unet_config")
+    hints: dict[str, dict[str, Any]] = {}
+    if "num_heads" in unet and unet.get("num_head_channels") in (None, -1):
+        hints["unet"] = {"heads": _Reader(unet, {}, where).integer("num_heads")}
+    if "scale_factor" in model:
+        hints["vae"] = {"scale_factor": _Reader(model, {}, where).number("scale_factor", 1)}
+    return hints
+
+
+def _params(yaml: Any, key: str) -> Json:
+    """`yaml[key]["params"]`, or nothing where it is not that deep."""
+    node = yaml.get(key) if isinstance(yaml, dict) else None
+    params = node.get("params") if isinstance(node, dict) else None
+    return params if isinstance(params, dict) else {}

@@ -1,22 +1,30 @@
 """What files on disk call our modules: one table a network, generated from its config.
 
 A row names a module in three spellings: ours, CompVis's (single files) and diffusers' (folders). A tensor's key is its
-module's name and `weight` or `bias`. Within a network every spelling names each module once, so a table reads in any
-direction. Prefixes that only say which network a tensor belongs to are not part of it.
+module's name and one of its leaves. Within a network every spelling names each module once, so a table reads in any
+direction, and it lists exactly the tensors that a network of its config has. Prefixes that only say which network a
+tensor belongs to are not part of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ldm.config import TextConfig, UNetConfig, VAEConfig
+
+BOTH, WEIGHT = ("weight", "bias"), ("weight",)  # what a module may hold
 
 
 class Row(NamedTuple):
     ours: str
     compvis: str
     diffusers: str
+    leaves: tuple[str, ...] = BOTH
+
+    def keys(self, spelling: str) -> list[str]:
+        """The names of the module's tensors in one spelling: "ours", "compvis" or "diffusers"."""
+        return [f"{getattr(self, spelling)}.{leaf}" for leaf in self.leaves]
 
 
 def _same(*names: str) -> list[Row]:
@@ -26,7 +34,8 @@ def _same(*names: str) -> list[Row]:
 def _under(prefix: tuple[str, str, str], rows: Iterable[Row]) -> Iterator[Row]:
     """The rows, each spelling below its prefix."""
     for row in rows:
-        yield Row(*(f"{head}.{name}" for head, name in zip(prefix, row, strict=True)))
+        ours, compvis, diffusers = (f"{head}.{name}" for head, name in zip(prefix, row[:3], strict=True))
+        yield Row(ours, compvis, diffusers, row.leaves)
 
 
 UNET_RESNET = [
@@ -35,11 +44,11 @@ UNET_RESNET = [
     Row("time_proj", "emb_layers.1", "time_emb_proj"),
     Row("resnet.norm2", "out_layers.0", "norm2"),
     Row("resnet.conv2", "out_layers.3", "conv2"),
-    Row("resnet.skip", "skip_connection", "conv_shortcut"),
 ]
+UNET_SKIP = Row("resnet.skip", "skip_connection", "conv_shortcut")  # where a ResBlock changes the width
 
 TRANSFORMER = [
-    Row(f"transformer.{ours}", theirs, theirs)
+    Row(f"transformer.{ours}", theirs, theirs, WEIGHT if ours.endswith(("to_q", "to_k", "to_v")) else BOTH)
     for ours, theirs in [
         ("norm", "norm"),
         ("proj_in", "proj_in"),
@@ -61,8 +70,13 @@ TRANSFORMER = [
 ]
 
 
+def _changes_width(channel_mult: Sequence[int], level: int) -> bool:
+    """Whether a level on the way down is wider than what enters it: the one before, or the first convolution."""
+    return channel_mult[level] != (channel_mult[level - 1] if level else 1)
+
+
 def unet_names(config: UNetConfig) -> list[Row]:
-    """Every module of the U-Net that may hold weights (a ResBlock's `skip` only does where its width changes)."""
+    """Every module of the U-Net that holds weights."""
     return list(_unet_rows(config))
 
 
@@ -78,7 +92,8 @@ def _unet_rows(config: UNetConfig) -> Iterator[Row]:
         block = f"down_blocks.{level}"
         for i in range(config.blocks_per_level):
             ours, compvis = f"down.{layer}", f"input_blocks.{layer + 1}"
-            yield from _under((ours, f"{compvis}.0", f"{block}.resnets.{i}"), UNET_RESNET)
+            skip = [UNET_SKIP] if i == 0 and _changes_width(config.channel_mult, level) else []
+            yield from _under((ours, f"{compvis}.0", f"{block}.resnets.{i}"), UNET_RESNET + skip)
             if level in config.attention_levels:
                 yield from _under((ours, f"{compvis}.1", f"{block}.attentions.{i}"), TRANSFORMER)
             layer += 1
@@ -97,7 +112,7 @@ def _unet_rows(config: UNetConfig) -> Iterator[Row]:
         attends = level in config.attention_levels
         for i in range(config.blocks_per_level + 1):
             ours, compvis = f"up.{layer}", f"output_blocks.{stage}"
-            yield from _under((ours, f"{compvis}.0", f"{block}.resnets.{i}"), UNET_RESNET)
+            yield from _under((ours, f"{compvis}.0", f"{block}.resnets.{i}"), [*UNET_RESNET, UNET_SKIP])
             if attends:
                 yield from _under((ours, f"{compvis}.1", f"{block}.attentions.{i}"), TRANSFORMER)
             layer, stage = layer + 1, stage + 1
@@ -109,10 +124,8 @@ def _unet_rows(config: UNetConfig) -> Iterator[Row]:
     yield Row("conv_out", "out.2", "conv_out")
 
 
-VAE_RESNET = [
-    *_same("norm1", "conv1", "norm2", "conv2"),
-    Row("skip", "nin_shortcut", "conv_shortcut"),
-]
+VAE_RESNET = _same("norm1", "conv1", "norm2", "conv2")
+VAE_SKIP = Row("skip", "nin_shortcut", "conv_shortcut")
 
 VAE_ATTENTION = [
     Row("norm", "norm", "group_norm"),
@@ -124,7 +137,7 @@ VAE_ATTENTION = [
 
 
 def vae_names(config: VAEConfig) -> list[Row]:
-    """Every module of the autoencoder that may hold weights."""
+    """Every module of the autoencoder that holds weights."""
     return [*_same("quant_conv", "post_quant_conv"), *_encoder_rows(config), *_decoder_rows(config)]
 
 
@@ -145,7 +158,8 @@ def _encoder_rows(config: VAEConfig) -> Iterator[Row]:
         compvis, diffusers = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
         for i in range(config.blocks_per_level):
             prefix = (f"encoder.down.{layer}", f"{compvis}.block.{i}", f"{diffusers}.resnets.{i}")
-            yield from _under(prefix, VAE_RESNET)
+            skip = [VAE_SKIP] if i == 0 and _changes_width(config.channel_mult, level) else []
+            yield from _under(prefix, VAE_RESNET + skip)
             layer += 1
         if level != levels - 1:
             yield Row(f"encoder.down.{layer}.conv", f"{compvis}.downsample.conv", f"{diffusers}.downsamplers.0.conv")
@@ -160,11 +174,23 @@ def _decoder_rows(config: VAEConfig) -> Iterator[Row]:
         compvis, diffusers = f"decoder.up.{level}", f"decoder.up_blocks.{levels - 1 - level}"
         for i in range(config.blocks_per_level + 1):
             prefix = (f"decoder.up.{layer}", f"{compvis}.block.{i}", f"{diffusers}.resnets.{i}")
-            yield from _under(prefix, VAE_RESNET)
+            before = config.channel_mult[min(level + 1, levels - 1)]  # what enters the level, from the one below
+            skip = [VAE_SKIP] if i == 0 and config.channel_mult[level] != before else []
+            yield from _under(prefix, VAE_RESNET + skip)
             layer += 1
         if level != 0:
             yield Row(f"decoder.up.{layer}.conv", f"{compvis}.upsample.conv", f"{diffusers}.upsamplers.0.conv")
             layer += 1
+
+
+def disk_dims(network: str, key: str, dims: int, spelling: str) -> int:
+    """How many dimensions a tensor of ours has on disk, where some of our linear layers are 1×1 convolutions."""
+    module = key.removesuffix(".weight").rpartition(".")[2]
+    if key.endswith(".weight") and network == "unet" and ".transformer.proj_" in key:
+        return 4
+    if key.endswith(".weight") and network == "vae" and module in ("to_q", "to_k", "to_v", "to_out"):
+        return {"compvis": 4, "diffusers": 2}[spelling]
+    return dims
 
 
 TEXT_LAYER = [
@@ -178,19 +204,32 @@ TEXT_LAYER = [
 
 def text_names(config: TextConfig) -> list[Row]:
     """Every module of the text encoder; the spellings on disk differ from ours, and each other's, by prefix alone."""
-    modules = [
-        "embeddings.token_embedding",
-        "embeddings.position_embedding",
-        *(f"encoder.layers.{i}.{name}" for i in range(config.layers) for name in TEXT_LAYER),
-        "final_layer_norm",
+    rows = _same(
+        *(f"encoder.layers.{i}.{name}" for i in range(config.layers) for name in TEXT_LAYER), "final_layer_norm"
+    )
+    rows += [
+        row._replace(leaves=WEIGHT) for row in _same("embeddings.token_embedding", "embeddings.position_embedding")
     ]
-    return [Row(f"transformer.{module}", module, module) for module in modules]
+    return [row._replace(ours=f"transformer.{row.ours}") for row in rows]
 
 
-# Older spellings that are read and never written: diffusers before 0.15 in the VAE's attention.
-DIFFUSERS_VAE_ALIASES = {
-    ".attentions.0.query.": ".attentions.0.to_q.",
-    ".attentions.0.key.": ".attentions.0.to_k.",
-    ".attentions.0.value.": ".attentions.0.to_v.",
-    ".attentions.0.proj_attn.": ".attentions.0.to_out.0.",
+# Spellings of the VAE's attention that are read and never written, by the name they stand for in our table: CompVis's
+# and diffusers' own, those of diffusers before 0.15, and mixtures that tools have made of them.
+VAE_ATTENTION_ALIASES = {
+    "norm": {"norm", "group_norm"},
+    "to_q": {"q", "to_q", "query"},
+    "to_k": {"k", "to_k", "key"},
+    "to_v": {"v", "to_v", "value"},
+    "to_out": {"proj_out", "to_out.0", "to_out", "proj_attn"},
 }
+VAE_ATTENTION_PLACES = {"compvis": "mid.attn_1", "diffusers": "mid_block.attentions.0"}
+
+
+def vae_attention_name(name: str, spelling: str) -> str:
+    """The table's own spelling of a VAE tensor whose attention may be spelled in another way."""
+    half, found, rest = name.partition(f".{VAE_ATTENTION_PLACES[spelling]}.")
+    module, _, leaf = rest.rpartition(".")
+    for row in VAE_ATTENTION if found else ():
+        if module in VAE_ATTENTION_ALIASES[row.ours]:
+            return f"{half}{found}{getattr(row, spelling)}.{leaf}"
+    return name

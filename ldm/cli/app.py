@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ldm import __version__
-from ldm.cli import generate
+from ldm.cli import convert, download, generate, inspect
 from ldm.errors import LdmError, RequestError, is_out_of_memory
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -29,6 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ldm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     generate.add_commands(commands)
+    inspect.add_commands(commands)
+    convert.add_commands(commands)
+    download.add_commands(commands)
     return parser
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
-from ldm.errors import RequestError
+from ldm.adapters.folders import find_loras
+from ldm.errors import CheckpointError, RequestError
+from ldm.prompt import split_loras
 from ldm.request import DEFAULT_STRENGTH, SEEDS, Request
 
 if TYPE_CHECKING:
@@ -74,12 +76,52 @@ def _add_flags(parser: argparse.ArgumentParser, strength: float | None = None) -
         "--model", metavar="PATH", help="a .safetensors or .ckpt file, or a diffusers folder (default: shipped)"
     )
     _add_alias(how, "--ckpt", dest="model")
-    how.add_argument("--vae", metavar="PATH", help="a file or folder whose VAE to use instead of the model's")
+    add_model_choices(how)
+    how.add_argument(
+        "--lora", action="append", default=[], type=_lora, metavar="PATH[:STRENGTH[:TEXT_STRENGTH]]",
+        help="a LoRA or one of its relatives to merge into the model; repeatable",
+    )  # fmt: skip
+    how.add_argument(
+        "--lora-dir", action="append", default=[], type=Path, metavar="DIR",
+        help="where the LoRAs are that prompts name, as in <lora:name:0.8>; repeatable",
+    )  # fmt: skip
+    how.add_argument(
+        "--embedding", action="append", default=[], type=Path, metavar="PATH",
+        help="a textual inversion, which the name of its file stands for in prompts; repeatable",
+    )  # fmt: skip
+    how.add_argument("--allow-nonfinite", action="store_true", help="load weights that are NaN or infinite")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     how.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default auto)")
     how.add_argument("--outdir", type=Path, default=Path("outputs"), help="where pictures go (default outputs)")
     how.add_argument("--grid", action="store_true", help="also write all pictures on one sheet")
     _add_alias(how, "--skip_grid", dest="grid", action="store_false")
+
+
+MODEL_CHOICES = ("vae", "text_encoder", "ema", "prediction_type", "zero_terminal_snr")
+
+
+def add_model_choices(group: Any) -> None:
+    """Flags for what to take from where, beyond the model's own; their names are in MODEL_CHOICES."""
+    group.add_argument("--vae", metavar="PATH", help="a file or folder whose VAE to use instead of the model's")
+    group.add_argument("--text-encoder", metavar="PATH", help="a file or folder whose text encoder to use instead")
+    group.add_argument("--ema", action="store_true", help="use the EMA weights of the U-Net")
+    group.add_argument("--prediction-type", metavar="TYPE", help="epsilon or v_prediction (default: the file tells)")
+    group.add_argument(
+        "--zero-terminal-snr",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="end the noise schedule at pure noise (default: the file tells)",
+    )
+
+
+def _lora(text: str) -> tuple[Path, float, float | None]:
+    """PATH[:STRENGTH[:TEXT_STRENGTH]], read from its end, because a path may have colons of its own."""
+    number = r"([-+]?(?:\d+\.?\d*|\.\d+))"
+    match = re.fullmatch(rf"(.+?)(?::{number})?(?::{number})?", text, re.DOTALL)
+    if match is None:
+        raise argparse.ArgumentTypeError("the path of a file is missing")
+    path, strength, text_strength = match.groups()
+    return Path(path), float(strength or 1), float(text_strength) if text_strength else None
 
 
 def _add_alias(group: Any, flag: str, **kwargs: Any) -> None:
@@ -94,7 +136,18 @@ def run(args: argparse.Namespace) -> None:
     from ldm.pipeline import StableDiffusion
 
     init_image = images.load_image(args.init_img) if args.init_img else None
-    sd = StableDiffusion.load(args.model, vae=args.vae, device=args.device, dtype=args.dtype)
+    sd = StableDiffusion.load(
+        args.model,
+        **{name: getattr(args, name) for name in MODEL_CHOICES},
+        allow_nonfinite=args.allow_nonfinite,
+        device=args.device,
+        dtype=args.dtype,
+        lora_folders=args.lora_dir,
+    )
+    for path, strength, text_strength in args.lora:
+        sd.load_lora(path, strength, text_strength=text_strength, allow_nonfinite=args.allow_nonfinite)
+    for path in args.embedding:
+        sd.load_embedding(path, allow_nonfinite=args.allow_nonfinite)
     args.outdir.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=args.outdir).close()  # fails where nothing can be written
     made: list[Image.Image] = []
@@ -134,6 +187,11 @@ def _first_requests(args: argparse.Namespace) -> list[Request]:
         raise RequestError(f"batch_count is {args.batch_count}: use 1 to {MAX_BATCHES}")
     given = {f.name: getattr(args, f.name) for f in fields(Request)}
     requests = [Request(**given | {"prompt": prompt}) for prompt in _prompts(args)]
+    tags = [tag for request in requests for tag in split_loras(request.prompt)[1]]
+    for path in [*(path for path, _, _ in args.lora), *args.embedding]:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file")
+    find_loras((tag.name for tag in tags), args.lora_dir, [path.stem for path, _, _ in args.lora])
     return [replace(request, seed=request.seeds()[0]) for request in requests]
 
 

@@ -34,7 +34,8 @@ def ddim(denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise, *, 
 
 def posterior_std(level: Level, after: Level) -> float:
     """Standard deviation of q(x_after | x_level, x0): DDPM (arXiv:2006.11239), equation 7, between any two levels."""
-    return after.sigma / level.sigma * math.sqrt(1 - (level.alpha / after.alpha) ** 2)
+    kept = level.alpha / after.alpha if after.alpha else 1.0  # both are pure noise
+    return after.sigma / level.sigma * math.sqrt(1 - kept**2)
 
 
 def plms(denoise: Denoise, x: Tensor, levels: Sequence[Level], noise: Noise) -> Iterator[Step]:

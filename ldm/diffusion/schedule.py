@@ -48,6 +48,13 @@ BETA_SCHEDULES: dict[str, Callable[[ScheduleConfig], list[float]]] = {
 }
 
 
+def _without_terminal_signal(alphas_cumprod: list[float]) -> list[float]:
+    """Lin et al. 2024, arXiv:2305.08891, algorithm 1: shift and scale the roots, so that the last is 0."""
+    roots = [math.sqrt(alpha_cumprod) for alpha_cumprod in alphas_cumprod]
+    first, last = roots[0], roots[-1]
+    return [((root - last) * first / (first - last)) ** 2 for root in roots]
+
+
 class NoiseSchedule:
     """The noise level of each training timestep, from float64 betas.
 
@@ -65,6 +72,11 @@ class NoiseSchedule:
                 f"betas from {self.betas[0]} to {self.betas[-1]} leave {self._alphas_cumprod[-1]} of the signal at the "
                 "end; it must be less than at the start, and more than 1e-12"
             )
+        if config.zero_terminal_snr:
+            if config.prediction_type == "epsilon":
+                raise ValueError("zero-terminal SNR needs v_prediction: from noise alone, its epsilon tells nothing")
+            self._alphas_cumprod = _without_terminal_signal(self._alphas_cumprod)
+            self.betas = [1 - after / before for before, after in pairwise([1.0, *self._alphas_cumprod])]
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
