@@ -119,10 +119,6 @@ def test_round_trip_float32(full_size, golden, theirs, tmp_path):
     eps = load_unet(folder)(x, t, context)
     assert_parity("full-size U-Net from our folder, diffusers", eps, unet(x, t, context).sample, 1e-5)
     del unet
-    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
-    decoded = load_vae(folder).decode(golden["vae.latent"])
-    assert_parity("full-size VAE from our folder, diffusers", decoded, vae.decode(golden["vae.latent"]).sample, 1e-5)
-    del vae
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     for name in ("unet", "vae", "text_encoder"):
         ours, single = getattr(pipe, name).state_dict(), getattr(theirs, name).state_dict()
