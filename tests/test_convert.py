@@ -160,6 +160,15 @@ def test_another_vae_baked_in(single, tmp_path):
     assert any(tensor.any() for key, tensor in baked.items() if key.startswith(UNET))
 
 
+def test_a_network_of_a_whole_model_brings_nothing_else(single, tmp_path):
+    """Neither the EMA weights of the model whose VAE is taken, nor its schedule, nor what nobody knows."""
+    convert(single, tmp_path / "baked.safetensors", Choices(vae=with_everything(single)), VERIFIED)
+    assert same(load_file(tmp_path / "baked.safetensors"), load_file(single))
+    convert(single, tmp_path / "text.safetensors", Choices(text_encoder=with_everything(single)), VERIFIED)
+    added = load_file(tmp_path / "text.safetensors").keys() - load_file(single).keys()
+    assert added == {"cond_stage_model.transformer.text_model.embeddings.position_ids"}
+
+
 def test_a_vae_alone(tmp_path, shipped):
     convert(SHIPPED / "vae", tmp_path / "vae.safetensors", conversion=VERIFIED)
     assert "encoder.mid.attn_1.q.weight" in load_file(tmp_path / "vae.safetensors")

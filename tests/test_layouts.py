@@ -364,6 +364,18 @@ def test_faults_of_what_is_told(whole, tmp_path, clip_tokens):
     save_file(whole, path, metadata={"modelspec.prediction_type": "x0"})
     with pytest.raises(CheckpointError, match=r"modelspec\.prediction_type is 'x0'; only epsilon and v_prediction"):
         load_model(path)
+    for told, expected in {
+        "{": "ldm.config: not valid JSON",
+        "[]": "ldm.config: expected a JSON object",
+        '{"unet": 3}': "ldm.config must be a JSON object of objects",
+        '{"unet": {"block_out_channels": 4}}': "block_out_channels is 4",
+        '{"scheduler": {"beta_start": -1}}': "beta_start is -1",
+    }.items():
+        save_file(whole, path, metadata={"ldm.config": told})
+        with pytest.raises(CheckpointError, match=re.escape(expected)):
+            load_model(path)
+    save_file(whole, path, metadata={"ldm.config": '{"of another program": {}}'})
+    load_model(path)
     save_file(whole, path)
     with pytest.raises(CheckpointError, match="zero-terminal SNR needs v_prediction"):
         load_model(path, choices=Choices(zero_terminal_snr=True))
@@ -379,8 +391,9 @@ def test_faults_of_what_is_told(whole, tmp_path, clip_tokens):
         (tmp_path / "m.yaml").write_text(yaml)
         with pytest.raises(CheckpointError, match=re.escape(expected)):
             load_model(path)
-    (tmp_path / "m.yaml").write_text("- just\n- a list")  # tells nothing
-    load_model(path)
+    for yaml in ("- just\n- a list", ""):  # which tell nothing
+        (tmp_path / "m.yaml").write_text(yaml)
+        load_model(path)
 
 
 def test_tensors_of_no_known_use_are_named(whole, config, clip_tokens, tmp_path, caplog):
@@ -445,6 +458,31 @@ def test_a_folder_in_the_hubs_cache(tmp_path, weights):
         path.rename(cache / "blobs" / str(i))
         path.symlink_to(Path("../" * len(path.relative_to(cache).parent.parts), "blobs", str(i)))
     assert_is_the_shipped_model(load_model(snapshot), weights)
+
+
+@pytest.mark.parametrize("given", ["unet", "unet/diffusion_pytorch_model.safetensors"])
+def test_the_unet_of_a_folder_keeps_its_schedule(given, folder):
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction", "beta_end": 0.5}))
+    checkpoint = open_checkpoint(folder / given)
+    assert (checkpoint.schedule.prediction_type, checkpoint.schedule.beta_end) == ("v_prediction", 0.5)
+    assert checkpoint.prediction_reason == "scheduler_config.json"
+
+
+def test_files_near_a_folder_are_no_part_of_it(folder, whole):
+    """A single file may lie anywhere; only a network alone in its file belongs to the model around its folder."""
+    path = folder / "checkpoints" / "m.safetensors"
+    path.parent.mkdir()
+    save_file(whole, path)
+    (folder / "scheduler" / "scheduler_config.json").write_text("no JSON")
+    checkpoint = open_checkpoint(path)
+    assert (checkpoint.tokenizer, checkpoint.schedule) == (None, ScheduleConfig())
+
+
+def test_ema_weights_are_not_in_a_folder(folder):
+    for path in (folder, folder / "unet"):
+        with pytest.raises(CheckpointError, match="holds no EMA weights"):
+            open_checkpoint(path, Choices(ema=True))
 
 
 def test_load_takes_every_choice(folder, weights):

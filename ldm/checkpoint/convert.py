@@ -150,7 +150,8 @@ def _untold(checkpoint: Checkpoint) -> dict[str, str]:
     image_size = read_config(checkpoint).image_size if len(parts) == len(LABELS) else SD_V1.image_size
     metadata = {}
     differs = (parts, checkpoint.schedule, image_size) != (plain, SD_V1.schedule, SD_V1.image_size)
-    if differs or _ignored(checkpoint, MARKS):  # which may say something else than was chosen
+    marked = any(MARKS in contents.ignored for contents in checkpoint.contents.values())
+    if differs or marked:  # by keys, which may say something else than was chosen
         content = configs.parts_to_json(parts, image_size)
         content |= {"scheduler": configs.schedule_to_json(checkpoint.schedule)} if "unet" in parts else {}
         metadata[CONFIG_KEY] = json.dumps(content)
@@ -206,7 +207,8 @@ def _part_outputs(
         padded = (*shape, *[1] * (dims - len(shape)))
         yield Output(layout.prefix + theirs[ours], tensor, conversion.dtype_of(tensor), padded)
     if name == "text" and not conversion.prune:
-        for tensor in _ignored(checkpoint, POSITION_IDS).values():
+        contents = {**checkpoint.borrowed, **checkpoint.contents}[part.where]
+        for tensor in contents.ignored.get(POSITION_IDS, {}).values():
             ids = _sound_position_ids(tensor, config.max_length)
             yield Output(f"{layout.prefix}embeddings.position_ids", ids, ids.dtype, ids.shape)
             break
@@ -219,14 +221,6 @@ def _sound_position_ids(tensor: StoredTensor, length: int) -> StoredTensor:
         return tensor
     log.warning("%s: repaired: it was %s and is the numbers from 0 again", tensor.name, TORCH_DTYPES[tensor.dtype])
     return StoredTensor(tensor.name, "I64", (1, length), lambda: sound, mapped=False)
-
-
-def _ignored(checkpoint: Checkpoint, reason: str) -> dict[str, StoredTensor]:
-    return {
-        name: tensor
-        for contents in checkpoint.contents.values()
-        for name, tensor in contents.ignored.get(reason, {}).items()
-    }
 
 
 def _extra_outputs(checkpoint: Checkpoint, conversion: Conversion) -> list[Output]:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 # Entries of a single file's metadata that we write: what CompVis's names and shapes cannot tell, as JSON.
 CONFIG_KEY, TOKENIZER_KEY = "ldm.config", "ldm.tokenizer"
 MODELSPEC_KEY = "modelspec.prediction_type"  # https://github.com/Stability-AI/ModelSpec
+SCHEDULER_CONFIG = "scheduler_config.json"
 VAE_SIDECARS = (".vae.safetensors", ".vae.pt", ".vae.ckpt")
 
 
@@ -51,7 +52,8 @@ class Checkpoint:
     prediction_reason: str = ""  # why this prediction type
     tokenizer: Path | detect.Json | None = None  # the folder of it, or the tables
     metadata: Mapping[str, str] = field(default_factory=dict)
-    contents: Mapping[str, Contents] = field(default_factory=dict)  # by file
+    contents: Mapping[str, Contents] = field(default_factory=dict)  # of its own files, by path
+    borrowed: Mapping[str, Contents] = field(default_factory=dict)  # of others, of which it has but a network
     notes: tuple[str, ...] = ()  # what else a user should know
 
     def part(self, name: str) -> Part:
@@ -64,7 +66,7 @@ class Checkpoint:
 
     def report(self) -> None:
         """Log what a user should know about how the file was read."""
-        for where, contents in self.contents.items():
+        for where, contents in {**self.borrowed, **self.contents}.items():
             for reason, tensors in contents.ignored.items():
                 log.info("%s: left out, not needed: %s (%d tensors)", where, reason, len(tensors))
             if contents.unknown:
@@ -79,7 +81,12 @@ def open_checkpoint(path: Path, choices: Choices = Choices(), sidecar_vae: bool 
     """Find the networks at `path`, a file or a folder. Raises CheckpointError for what is not an SD v1.x model."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; give the path of a model on this machine")
-    checkpoint = _open_folder(path, choices) if path.is_dir() else _open_file(path, choices, sidecar_vae)
+    if path.is_dir():
+        checkpoint = _open_folder(path, choices)
+    else:
+        checkpoint = _open_tensors(path, open_tensors(path), choices)
+        if sidecar_vae and choices.vae is None:
+            checkpoint = _with_sidecar_vae(checkpoint)
     for name, given in {"vae": choices.vae, "text": choices.text_encoder}.items():
         if given is not None:
             checkpoint = _with_part(checkpoint, name, Path(given))
@@ -92,70 +99,98 @@ def _with_part(checkpoint: Checkpoint, name: str, path: Path) -> Checkpoint:
     return replace(
         checkpoint,
         parts={**checkpoint.parts, name: other.part(name)},
-        contents={**checkpoint.contents, **other.contents},
+        borrowed={**checkpoint.borrowed, **other.contents},
         tokenizer=other.tokenizer if name == "text" else checkpoint.tokenizer,
     )
 
 
-def _open_file(path: Path, choices: Choices, sidecar_vae: bool) -> Checkpoint:
-    file = open_tensors(path)
+def _with_sidecar_vae(checkpoint: Checkpoint) -> Checkpoint:
+    """With the VAE that lies beside a single file under its name, as other programs have it too."""
+    path = checkpoint.path
+    sidecar = next((p for p in map(path.with_suffix, VAE_SIDECARS) if p.is_file()), None)
+    if sidecar is None or "unet" not in checkpoint.parts:
+        return checkpoint
+    note = f"{path}: its VAE is taken from {sidecar.name}"
+    return replace(_with_part(checkpoint, "vae", sidecar), notes=(*checkpoint.notes, note))
+
+
+def _open_tensors(path: Path, file: TensorFile, choices: Choices) -> Checkpoint:
+    """What a file holds, with what its metadata and the files beside it tell."""
     contents = read_layout(file, choices.ema)
-    notes = [f"{path}: left out, training state: {', '.join(file.others)[:200]}"] if file.others else []
-    parts, beside = dict(contents.parts), path.parent
-    embedded = parse_json(file.metadata[CONFIG_KEY], f"{path}: {CONFIG_KEY}") if CONFIG_KEY in file.metadata else {}
-    for name, part in parts.items():
-        config = embedded.get(FOLDERS[name])
-        if isinstance(config, dict):
-            parts[name] = replace(part, json=config)
-        elif part.spelling == "diffusers" and len(parts) == 1 and (beside / "config.json").is_file():
-            parts[name] = replace(part, json=read_json(beside / "config.json"))
-    schedule_json = embedded.get("scheduler")
-    if (yaml_path := path.with_suffix(".yaml")).is_file() and "unet" in parts:
-        yaml = read_yaml(yaml_path)
-        for name, hints in detect.hints_from_yaml(yaml, str(yaml_path)).items():
-            if name in parts:
-                parts[name] = replace(parts[name], hints=hints)
-    else:
-        yaml = None
-    sources = [
-        ("its keys", _from_marks(contents)),
-        ("its metadata", _from_modelspec(file)),
-        (yaml_path.name, detect.schedule_from_yaml(yaml, str(yaml_path)) if yaml else {}),
-        ("its metadata", _from_scheduler(schedule_json, f"{path}: {CONFIG_KEY}") if schedule_json else {}),
-    ]
-    schedule, reason = _schedule(sources, choices) if "unet" in parts else (ScheduleConfig(), "")
-    checkpoint = Checkpoint(
-        path, parts, schedule, reason, _tokenizer(file, path), file.metadata, {str(path): contents}, tuple(notes)
+    beside = _Beside(file, contents)
+    parts = {name: beside.configured(part) for name, part in contents.parts.items()}
+    schedule, reason = _schedule(beside.schedules(), choices) if "unet" in parts else (ScheduleConfig(), "")
+    notes = (f"{file.path}: left out, training state: {', '.join(file.others)[:200]}",) if file.others else ()
+    return Checkpoint(
+        path, parts, schedule, reason, beside.tokenizer(), file.metadata, {str(file.path): contents}, notes=notes
     )
-    if sidecar_vae and choices.vae is None and "unet" in parts:
-        for sidecar in (path.with_suffix(suffix) for suffix in VAE_SIDECARS):
-            if sidecar.is_file():
-                with_vae = _with_part(checkpoint, "vae", sidecar)
-                return replace(with_vae, notes=(*checkpoint.notes, f"{path}: its VAE is taken from {sidecar.name}"))
-    return checkpoint
 
 
-def _tokenizer(file: TensorFile, path: Path) -> Path | detect.Json | None:
-    """The tables in a single file's metadata, or the folder beside that of a component."""
-    if TOKENIZER_KEY in file.metadata:
-        return parse_json(file.metadata[TOKENIZER_KEY], f"{path}: {TOKENIZER_KEY}")
-    folder = path.parent.parent / "tokenizer"
-    return folder if folder.is_dir() else None
+class _Beside:
+    """What a file's metadata tell, its YAML, and the folder of a network that is alone in its file."""
+
+    def __init__(self, file: TensorFile, contents: Contents):
+        self.file, self.contents = file, contents
+        self.alone = len(contents.parts) == 1
+        self.model = file.path.parent.parent  # where a network alone has its folder
+        self.embedded = self._metadata(CONFIG_KEY) or {}
+        if not all(isinstance(told, dict) for told in self.embedded.values()):
+            raise CheckpointError(f"{file.path}: {CONFIG_KEY} must be a JSON object of objects")
+        path = file.path.with_suffix(".yaml")
+        self.yaml = read_yaml(path) if "unet" in contents.parts and path.is_file() else {}
+        self.yaml_name = str(path)
+
+    def _metadata(self, key: str) -> detect.Json | None:
+        text = self.file.metadata.get(key)
+        return None if text is None else parse_json(text, f"{self.file.path}: {key}")
+
+    def configured(self, part: Part) -> Part:
+        """With the config that is told, or the hints."""
+        config = self.file.path.with_name("config.json")
+        if FOLDERS[part.name] in self.embedded:
+            return replace(part, json=self.embedded[FOLDERS[part.name]])
+        if part.spelling == "diffusers" and self.alone and config.is_file():
+            return replace(part, json=read_json(config))
+        return replace(part, hints=detect.hints_from_yaml(self.yaml, self.yaml_name).get(part.name, {}))
+
+    def schedules(self) -> list[tuple[str, dict[str, Any]]]:
+        """Who tells what of the noise schedule; the later ones count more."""
+        scheduler = self.model / "scheduler" / SCHEDULER_CONFIG
+        metadata = f"{self.file.path}: {CONFIG_KEY}"
+        return [
+            ("its keys", _from_marks(self.contents)),
+            ("its metadata", _from_modelspec(self.file)),
+            (Path(self.yaml_name).name, detect.schedule_from_yaml(self.yaml, self.yaml_name)),
+            (scheduler.name, _from_scheduler(read_json(scheduler), str(scheduler)) if self._has(scheduler) else {}),
+            (
+                "its metadata",
+                _from_scheduler(self.embedded["scheduler"], metadata) if "scheduler" in self.embedded else {},
+            ),
+        ]
+
+    def tokenizer(self) -> Path | detect.Json | None:
+        folder = self.model / "tokenizer"
+        return self._metadata(TOKENIZER_KEY) or (folder if self._has(folder) else None)
+
+    def _has(self, path: Path) -> bool:
+        """Whether a network alone is part of a model's folder, which has this."""
+        return self.alone and path.exists() and next(iter(self.contents.parts.values())).spelling == "diffusers"
 
 
 def _open_folder(path: Path, choices: Choices) -> Checkpoint:
     if not (path / "model_index.json").is_file():
         if is_component(path):
-            return _open_component(path)
+            return _open_tensors(path, open_component(path), choices)
         raise CheckpointError(
             f"{path}: a folder without model_index.json; expected a diffusers model, or give one file"
         )
     if choices.ema:
         raise CheckpointError(f"{path}: a folder in diffusers' layout holds no EMA weights; leave out --ema")
-    opened = {name: _open_component(path / folder) for name, folder in FOLDERS.items() if (path / folder).is_dir()}
-    scheduler = path / "scheduler" / "scheduler_config.json"
+    folders = {name: path / folder for name, folder in FOLDERS.items() if (path / folder).is_dir()}
+    opened = {name: _open_tensors(folder, open_component(folder), choices) for name, folder in folders.items()}
+    scheduler = path / "scheduler" / SCHEDULER_CONFIG
     if not scheduler.is_file():
-        raise CheckpointError(f"{path}: scheduler/scheduler_config.json is missing; copy the whole folder again")
+        raise CheckpointError(f"{path}: scheduler/{SCHEDULER_CONFIG} is missing; copy the whole folder again")
     contents = {where: found for component in opened.values() for where, found in component.contents.items()}
     if (path / EXTRAS).is_file():
         contents[str(path / EXTRAS)] = read_extras(open_tensors(path / EXTRAS))
@@ -168,18 +203,8 @@ def _open_folder(path: Path, choices: Choices) -> Checkpoint:
         path / "tokenizer" if (path / "tokenizer").is_dir() else None,
         opened["unet"].metadata if "unet" in opened else {},
         contents,
+        notes=tuple(note for component in opened.values() for note in component.notes),
     )
-
-
-def _open_component(folder: Path) -> Checkpoint:
-    """One network's own folder, its config.json beside it."""
-    file = open_component(folder)
-    contents = read_layout(file)
-    config = folder / "config.json"
-    json = read_json(config) if config.is_file() else None
-    parts = {name: replace(part, json=json) for name, part in contents.parts.items()}
-    tokenizer = _tokenizer(file, file.path)
-    return Checkpoint(folder, parts, tokenizer=tokenizer, metadata=file.metadata, contents={str(file.path): contents})
 
 
 def _schedule(sources: list[tuple[str, dict[str, Any]]], choices: Choices) -> tuple[ScheduleConfig, str]:
@@ -213,8 +238,6 @@ def _from_modelspec(file: TensorFile) -> dict[str, Any]:
     return {"prediction_type": told}
 
 
-def _from_scheduler(json: Any, where: str) -> dict[str, Any]:
-    if not isinstance(json, dict):
-        raise CheckpointError(f"{where}: scheduler must be a JSON object")
+def _from_scheduler(json: detect.Json, where: str) -> dict[str, Any]:
     schedule = detect.schedule_from_json(json, where)
     return {f.name: getattr(schedule, f.name) for f in fields(ScheduleConfig)}
