@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # diffusers and transformers would
 
 import pytest
 import torch
+from lora_files import assert_restored, snapshot
 from safetensors.torch import load_file, save_file
 from synthetic import DATA, state_dict
 from torch import Tensor
@@ -93,6 +94,22 @@ def tiny_vae(tiny_path) -> VAE:
 def shipped() -> StableDiffusion:
     """The shipped model in float32 on the CPU."""
     return StableDiffusion.load(device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def sd() -> StableDiffusion:
+    """The shipped model for tests that change it: each file has its own."""
+    return StableDiffusion.load(device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def nothing_is_left(sd):
+    """A test leaves the weights of `sd` as they were, and no embedding."""
+    torch.manual_seed(0)
+    before = snapshot(sd)
+    yield
+    assert_restored(sd, before)
+    assert not sd.text.triggers
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from conftest import SHIPPED, assert_parity, relative_error
-from lora_files import CONV, LINEAR, SQUARE, assert_restored, lora, of, rand, saved, snapshot
+from lora_files import CONV, LINEAR, SQUARE, lora, of, rand, saved
 from lycoris.functional.general import weight_decompose
 from test_pipeline import PROMPT
 from torch import Tensor
@@ -18,19 +18,7 @@ from ldm import StableDiffusion
 from ldm.adapters.lora import read_lora
 from ldm.checkpoint.names import text_names, unet_names
 
-
-@pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
-    """A model of this file's own, in whose weights every test leaves nothing."""
-    return StableDiffusion.load(device="cpu", dtype="float32")
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(sd):
-    torch.manual_seed(0)
-    before = snapshot(sd)
-    yield
-    assert_restored(sd, before)
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 # --- formulas ---------------------------------------------------------------------------------------------------------

@@ -8,25 +8,13 @@ from lora_files import assert_restored, lora, saved, snapshot
 from PIL import Image
 from test_pipeline import PROMPT
 
-from ldm import Request, StableDiffusion
+from ldm import Request
 from ldm.cli import main
 from ldm.cli.generate import _lora
 from ldm.errors import RequestError
 from ldm.metadata import read_request
 
-
-@pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
-    """A model of this file's own, in whose weights every test leaves nothing."""
-    return StableDiffusion.load(device="cpu", dtype="float32")
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(sd):
-    torch.manual_seed(0)
-    before = snapshot(sd)
-    yield
-    assert_restored(sd, before)
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 @pytest.fixture

@@ -22,19 +22,7 @@ from ldm.adapters.merge import Dose
 from ldm.checkpoint.names import text_names, unet_names
 from ldm.errors import CheckpointError, RequestError
 
-
-@pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
-    """A model of this file's own, in whose weights every test leaves nothing."""
-    return StableDiffusion.load(device="cpu", dtype="float32")
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(sd):
-    torch.manual_seed(0)
-    before = snapshot(sd)
-    yield
-    assert_restored(sd, before)
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

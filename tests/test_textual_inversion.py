@@ -20,19 +20,7 @@ from ldm.errors import CheckpointError, RequestError
 WIDTH, VOCABULARY = 128, 606  # of the shipped model
 
 
-@pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
-    """A model of this file's own, in whose weights every test leaves nothing."""
-    return StableDiffusion.load(device="cpu", dtype="float32")
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(sd):
-    torch.manual_seed(0)
-    before = snapshot(sd)
-    yield
-    assert_restored(sd, before)
-    assert not sd.text.triggers
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 def pickled(folder, content, name: str):
