@@ -7,6 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# What people call the precisions that networks run and are stored in → torch's names for them.
+DTYPES = {
+    "float32": "float32", "float16": "float16", "bfloat16": "bfloat16",
+    "fp32": "float32", "fp16": "float16", "bf16": "bfloat16",
+}  # fmt: skip
+
 
 def _check_divides(part: str, parts: int, whole: str, size: int) -> None:
     if parts < 1 or size < 1 or size % parts:

@@ -29,6 +29,12 @@ class NumericalError(LdmError):
     """The networks produced NaN or infinity where a picture was expected."""
 
 
+def printable(text: str, most: int = 100) -> str:
+    """Text out of a file, which may hold anything, for a message: without control characters, and not too long."""
+    shown = text if text.isprintable() else ascii(text)
+    return shown if len(shown) <= most else f"{shown[:most]}…"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python, NumPy or torch, on any device, means that memory ran out. torch's differ in type."""
     text = str(error).lower()

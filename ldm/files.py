@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -59,9 +60,25 @@ def staged_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             try:
                 temporary.rename(path)
             except OSError as error:
-                raise FileExistsError(f"{path} exists") from error
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                raise _exists(path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """With a folder, which is made if need be, its parents too. What was made goes again if the block fails."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # it is not empty any more
+                folder.rmdir()
+        raise
 
 
 def _exchange(first: Path, second: Path) -> None:
@@ -89,8 +106,12 @@ def _link(source: Path, target: Path) -> None:
         raise
     except OSError:
         if target.exists():
-            raise FileExistsError(f"{target} exists") from None
+            raise _exists(target) from None
         source.rename(target)
+
+
+def _exists(path: Path) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
 def _umask() -> int:

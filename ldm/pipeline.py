@@ -76,7 +76,7 @@ class StableDiffusion:
         config: ModelConfig | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
-        lora_folders: Sequence[str | Path] = (),
+        lora_folders: str | Path | Sequence[str | Path] = (),
     ) -> StableDiffusion:
         """From a single file or a diffusers folder; the shipped model where no path is given.
 
@@ -95,8 +95,8 @@ class StableDiffusion:
         path = Path(path) if path is not None else shipped_model()
         model = load_model(path, config, choices, device=where, dtype=precision, allow_nonfinite=allow_nonfinite)
         name = path.resolve().name if path.is_dir() else path.stem
-        folders = tuple(Path(folder) for folder in lora_folders)
-        return cls(model.unet, model.vae, model.text, model.config, name, where, precision, folders)
+        folders = [lora_folders] if isinstance(lora_folders, str | Path) else lora_folders
+        return cls(model.unet, model.vae, model.text, model.config, name, where, precision, tuple(map(Path, folders)))
 
     def txt2img(self, prompt: str, **fields: Any) -> list[Image.Image]:
         """Pictures of a prompt; `fields` are those of Request. Raises RequestError, NumericalError."""

@@ -308,6 +308,17 @@ def test_files_of_diffusers(sd, pipeline, tmp_path, what):
         assert_outputs_equal(sd, pipeline, f"{what}, saved by diffusers")
 
 
+def test_files_of_a_network_alone(sd, pipeline, tmp_path):
+    """As diffusers' networks save their adapters themselves, whose settings then have no prefix."""
+    config = CONFIGS["LoRA, alpha 6 of 4"]
+    pipeline.unet.add_adapter(
+        peft.LoraConfig(init_lora_weights=False, target_modules=UNET_TARGETS, **config), "default"
+    )
+    pipeline.unet.save_lora_adapter(tmp_path)
+    with sd.load_lora(tmp_path / "pytorch_lora_weights.safetensors"):
+        assert_outputs_equal(sd, pipeline, "LoRA, alpha 6 of 4, saved by a network of diffusers")
+
+
 @pytest.mark.parametrize("what", ["LoRA, alpha 6 of 4", "DoRA"])
 def test_files_of_peft(sd, pipeline, tmp_path, what):
     """`adapter_model.safetensors`, with its settings in a file beside it."""

@@ -42,6 +42,7 @@ NAMINGS = [  # a kind of file, a key in one, the module that it changes, the ten
     ("kohya, resnet", "lora_unet_down_blocks_1_resnets_0_conv1.lora_mid.weight", CONV, "mid"),
     ("kohya, CompVis resnet", "lora_unet_input_blocks_3_0_in_layers_2.hada_w1_a", CONV, "hada_w1_a"),
     ("kohya, time", "lora_unet_down_blocks_1_resnets_0_time_emb_proj.diff_b", TIME, "diff_b"),
+    ("LyCORIS", f"lycoris_down_blocks_0_attentions_0_{BLOCK}_attn1_to_q.lokr_w1", SQUARE, "lokr_w1"),
     ("kohya, CompVis time", "lora_unet_input_blocks_3_0_emb_layers_1.diff", TIME, "diff"),
     ("kohya, time mlp", "lora_unet_time_embedding_linear_1.lokr_w1", "time_mlp.0", "lokr_w1"),
     ("kohya, downsampler", "lora_unet_down_blocks_0_downsamplers_0_conv.lokr_t2", DOWN, "lokr_t2"),
@@ -225,7 +226,9 @@ def faulty(sd):
         "no up": (at(down=down), r"lora_down\.weight.* has no up beside it"),
         "no down": (at(up=up), r"lora_up\.weight.* has no down beside it"),
         "only mid": (of(sd, CONV, mid=rand(4, 4, 3, 3)), r"lora_mid\.weight.* has no down or up beside it"),
-        "only alpha": (at(alpha=torch.tensor(1.0)), r"alpha.* has no factors"),
+        "only alpha": (at(alpha=torch.tensor(1.0)), r"changes nothing .* without anything to scale: 1 tensors"),
+        "only lengths": (at(dora_scale=rand(64)), r"dora_scale.* has no factors"),
+        "endless alpha": (at(up=up, down=down, alpha=torch.tensor(1e30)), r"alpha.* should be a number"),
         "half a LoHa": (at(hada_w1_a=up, hada_w1_b=down), r"hada_w.* has no hada_w2_a or hada_w2_b"),
         "half a LoKr": (at(lokr_w1=w1, lokr_w2_a=w2_a), r"lokr_w2_a.* has no lokr_w2_b"),
         "two changes": (at(**good, diff=rand(64, 128)), "two changes"),
@@ -251,8 +254,8 @@ def faulty(sd):
         ),
         "SDXL": ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": up}, "for SDXL"),
         "SDXL's U-Net": ({sdxl: up}, "changes nothing.*not in this model"),
-        "OFT": (at(oft_blocks=rand(4, 4, 4)), "changes nothing.*1 of an unknown kind"),
-        "a model": ({"model.diffusion_model.out.2.weight": rand(4, 4)}, "changes nothing"),
+        "OFT": (at(oft_blocks=rand(4, 4, 4)), "changes nothing.*of an unknown kind: 1 tensors"),
+        "a model": ({"model.diffusion_model.out.2.weight": rand(4, 4)}, "this is a model or a part of one"),
     }
 
 
@@ -284,6 +287,8 @@ def test_files_of_nothing(sd, tmp_path, content):
         '{"unet.alpha_pattern": {"(a+)+$": 1}}',
         '{"unet.alpha_pattern": [1]}',
         '{"unet.lora_alpha": NaN}',
+        '{"unet.lora_alpha": 1' + "0" * 400 + "}",
+        '{"lora_alpha": 1e300}',
     ],
 )
 def test_faulty_settings(sd, tmp_path, settings):
@@ -304,7 +309,8 @@ def test_what_is_left_out_is_said_once(sd, tmp_path, caplog):
     with sd.load_lora(saved(tmp_path, lora(sd) | strays)):
         [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert "1 not in this model (lora_unet_x.lora_up.weight); 1 of an unknown kind" in record.getMessage()
+    for what in ("not in this model: 1 tensors (lora_unet_x.lora_up.weight)", "of an unknown kind: 1 tensors"):
+        assert what in record.getMessage()
 
 
 def test_nan_on_request(sd, tmp_path):

@@ -23,6 +23,7 @@ from torch import Tensor
 from ldm import StableDiffusion
 from ldm.checkpoint import load_model, load_vae
 from ldm.checkpoint.convert import Conversion, convert
+from ldm.checkpoint.inspect import inspect
 from ldm.checkpoint.layouts import LABELS
 from ldm.checkpoint.sources import Choices
 from ldm.cli import main
@@ -119,7 +120,9 @@ def test_dtypes(single, tmp_path, dtype):
     convert(path, tmp_path / "cast.safetensors", conversion=Conversion(dtype, verify=True))
     cast = load_file(tmp_path / "cast.safetensors")
     for key, tensor in load_file(path).items():
-        of_a_network = key.startswith((UNET, VAE, "cond_stage_model.", "model_ema.")) and tensor.is_floating_point()
+        of_a_network = (
+            key.startswith((UNET, VAE, "cond_stage_model.", "model_ema.diffusion_model")) and tensor.is_floating_point()
+        )
         assert torch.equal(cast[key], tensor.to(getattr(torch, dtype)) if of_a_network else tensor)
         assert cast[key].dtype == (getattr(torch, dtype) if of_a_network else tensor.dtype)
 
@@ -235,20 +238,116 @@ def test_a_folder_in_place(tmp_path):
 
 def test_nothing_is_replaced_unasked(single, tmp_path):
     (tmp_path / "taken.safetensors").write_text("mine")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(RequestError, match="exists; choose another name, or --overwrite"):
-        convert(single, tmp_path / "taken.safetensors")
-    with pytest.raises(RequestError, match="exists"):
-        convert(single, tmp_path / "folder")
+    shutil.copytree(SHIPPED, tmp_path / "folder")
+    for taken in ("taken.safetensors", "folder"):
+        with pytest.raises(RequestError, match="exists; choose another name, or --overwrite"):
+            convert(single, tmp_path / taken)
     shutil.copy(single, tmp_path / "file")
     with pytest.raises(RequestError, match="is a file; choose another name"):
         convert(single, tmp_path / "file", conversion=Conversion(overwrite=True))
-    with pytest.raises(RequestError, match=r"only \.safetensors files are written"):
-        convert(single, tmp_path / "m.ckpt")
+    for name in ("m.ckpt", "m.safetensor"):
+        with pytest.raises(RequestError, match=r"only \.safetensors files are written"):
+            convert(single, tmp_path / name)
     with pytest.raises(RequestError, match="dtype is 'int8': use one of float32"):
         Conversion("int8")
-    convert(single, tmp_path / "folder", conversion=Conversion(overwrite=True))
-    assert (tmp_path / "folder" / "model_index.json").is_file()
+    convert(single, tmp_path / "folder", conversion=Conversion("bf16", overwrite=True))
+    assert inspect(tmp_path / "folder")["parts"]["unet"]["dtypes"] == {"bfloat16": 326}
+    (tmp_path / "empty").mkdir()
+    convert(single, tmp_path / "empty")
+    assert (tmp_path / "empty" / "model_index.json").is_file()
+
+
+def test_what_is_no_model_is_never_replaced(single, tmp_path):
+    """Neither pictures in a folder, nor other models, nor what else people keep beside a model."""
+    pictures, models = tmp_path / "pictures", tmp_path / "models"
+    for folder in (pictures, models):
+        folder.mkdir()
+    (pictures / "mine.png").write_bytes(b"a picture")
+    inside = shutil.copy(single, models / "m.safetensors")
+    for source, target in [(single, pictures), (inside, models)]:
+        before = sorted(target.rglob("*"))
+        with pytest.raises(RequestError, match="holds 1 files that are no part of a model and would be lost"):
+            convert(source, target, conversion=Conversion(overwrite=True))
+        assert sorted(target.rglob("*")) == before
+    model = shutil.copytree(SHIPPED, tmp_path / "model")
+    for other in (
+        "README.md",
+        "safety_checker/model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        ".git/x",
+    ):
+        (model / other).parent.mkdir(exist_ok=True)
+        (model / other).write_text("mine")
+        with pytest.raises(RequestError, match="no part of a model"):
+            convert(model, model, conversion=Conversion("float16"))
+        (model / other).unlink()
+    convert(model, model, conversion=Conversion("float16", verify=True))
+
+
+def test_through_a_link(single, tmp_path):
+    """What it stands for is replaced."""
+    for real in (shutil.copytree(SHIPPED, tmp_path / "folder"), single):
+        link = tmp_path / f"link-{real.name}"
+        link.symlink_to(real)
+        convert(link, link, conversion=Conversion("bfloat16"))
+        assert link.is_symlink()
+        assert inspect(real)["parts"]["unet"]["dtypes"] == {"bfloat16": 326}
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_no_name_is_written_twice(single, tmp_path):
+    tensors = load_file(single)
+    key = VAE + "decoder.conv_in.weight"
+    twice = tensors | {key.removeprefix(VAE): tensors[key].clone()}
+    save_file(twice, tmp_path / "twice.safetensors", metadata=metadata(single))
+    convert(SHIPPED, tmp_path / "folder")
+    save_file({key: tensors[key]}, tmp_path / "folder" / "extras.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 tensors \(.*decoder\.conv_in\.weight\) would be in the result twice"):
+        convert(tmp_path / "folder", tmp_path / "x.safetensors")
+    convert(tmp_path / "folder", tmp_path / "x.safetensors", conversion=Conversion(prune=True, verify=True))
+    convert(tmp_path / "twice.safetensors", tmp_path / "y.safetensors", conversion=VERIFIED)
+    assert key.removeprefix(VAE) in load_file(tmp_path / "y.safetensors")
+
+
+def test_what_is_left_out_is_said(single, tmp_path, caplog):
+    path = with_everything(single)
+    caplog.set_level("INFO")
+    convert(path, tmp_path / "a.safetensors", Choices(ema=True), Conversion(prune=True))
+    shutil.copy(SHIPPED / "vae" / "diffusion_pytorch_model.safetensors", path.with_suffix(".vae.safetensors"))
+    convert(path, tmp_path / "b.safetensors")
+    torch.save(
+        {"state_dict": load_file(SHIPPED / "vae" / "diffusion_pytorch_model.safetensors"), "epoch": 3},
+        tmp_path / "m.ckpt",
+    )
+    convert(tmp_path / "m.ckpt", tmp_path / "c.safetensors", conversion=VERIFIED)
+    model = shutil.copytree(SHIPPED, tmp_path / "model")
+    (model / "safety_checker").mkdir()
+    convert(model, tmp_path / "d.safetensors")
+    for said in (
+        "left out: weights that the EMA weights replace (326 tensors",
+        "left out: noise schedule (1 tensors (betas))",
+        "left out: of no known use (1 tensors (somebodys.own))",
+        "everything.vae.safetensors, which takes the place of the VAE when this is loaded",
+        "left out, training state: epoch",
+        "verified: every tensor is bit for bit that of the source",
+        "not read: safety_checker",
+    ):
+        assert said in caplog.text
+    assert " (0 tensors" not in caplog.text
+
+
+def test_a_failure_leaves_no_folders(single, tmp_path):
+    tensors = load_file(single)
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    save_file(tensors, single, metadata=metadata(single))
+    with pytest.raises(CheckpointError, match="hold NaN or infinity"):
+        convert(single, tmp_path / "new" / "deep" / "out.safetensors")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_network_alone_makes_no_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no U-Net and no text encoder, and a folder needs all three"):
+        convert(SHIPPED / "vae", tmp_path / "folder")
 
 
 def test_a_failed_verification_leaves_nothing(single, tmp_path, monkeypatch):

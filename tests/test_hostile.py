@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ldm import ScheduleConfig
-from ldm.checkpoint import detect, load_model
+from ldm.checkpoint import detect, load_model, load_text
 from ldm.checkpoint.inspect import inspect, to_text
 from ldm.cli import main
 from ldm.diffusion import NoiseSchedule
@@ -172,7 +172,29 @@ BYTES = {  # content of a file under the name m.safetensors → what the message
     "GGUF": (b"GGUF\x03\0\0\0" + b"\0" * 99, "a GGUF file"),
     "plain pickle": (pickle.dumps({"a": 1}), "a pickle under the name of a safer format"),
     "text": (b"hello, I am a text file\n" * 9, "it is cut short or of another kind"),
-    "zip that is no PyTorch file": (b"PK\x03\x04 not really a zip", "it is cut short or of another kind"),
+    "a name that is no text": (raw(json.dumps({"\ud800": entry([0], (0, 0))}).encode()), "half a character in a name"),
+    "metadata that are no text": (
+        raw(json.dumps({"__metadata__": {"author": "\udfff"}}).encode()),
+        "half a character in a name or in its metadata",
+    ),
+    "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(99), "it is a picture"),
+    "a gigantic network of no bytes": (
+        raw(
+            json.dumps(
+                {
+                    "input_blocks.0.0.weight": entry([1 << 30, 4, 0, 3], (0, 0)),
+                    "input_blocks.1.0.in_layers.2.weight": entry([1 << 30, 0], (0, 0)),
+                    "out.2.weight": entry([4, 0], (0, 0)),
+                    "middle_block.1.transformer_blocks.0.attn2.to_k.weight": entry([0, 768], (0, 0)),
+                }
+            ).encode()
+        ),
+        "channels is 1073741824; only 1 to 16384",
+    ),
+    "zip that is no PyTorch file": (
+        b"PK\x03\x04 not really a zip",
+        "it is a PyTorch file that is damaged or cut short: download it again",
+    ),
 }
 
 
@@ -232,6 +254,14 @@ PICKLES = {  # how to write m.ckpt, given the path of a file that must not appea
         lambda path, canary: torch.save({"step": 1, 768: [{"linear.weight": torch.zeros(1)}]}, path),
         "this is a hypernetwork",
     ),
+    "keys that are no names": (
+        lambda path, canary: torch.save({("a",) * 9: 1, "\x1b[31m\nldm: all is well": 2}, path),
+        "holds no tensors",
+    ),
+    "index of many megabytes": (
+        lambda path, canary: torch.save({"a": "x" * (5 << 20)}, path),
+        "at most 4194304 are allowed",
+    ),
     "embedding": (
         lambda path, canary: torch.save({"string_to_param": {"*": torch.zeros(1, 768)}}, path),
         "this is a textual inversion embedding",
@@ -264,6 +294,8 @@ FOLDERS = {  # what to do to a good folder → what the message must say
     "index is absolute": (lambda folder: index_of(folder, str(folder / "elsewhere.safetensors")), NOT_OF_ITS_FOLDER),
     "index with a backslash": (lambda folder: index_of(folder, "..\\elsewhere.safetensors"), NOT_OF_ITS_FOLDER),
     "index names the folder": (lambda folder: index_of(folder, ".."), NOT_OF_ITS_FOLDER),
+    "index with a NUL": (lambda folder: index_of(folder, "a\0.safetensors"), NOT_OF_ITS_FOLDER),
+    "index with half a character": (lambda folder: index_of(folder, "\ud800.safetensors"), NOT_OF_ITS_FOLDER),
     "index names nothing": (lambda folder: index_of(folder, "absent.safetensors"), "no such file"),
     "link out of the folder": (link_out, NOT_OF_ITS_FOLDER),
     "index of numbers": (
@@ -346,6 +378,16 @@ def test_hostile_folders(case, run, tmp_path):
     run(tmp_path / "model", expected)
 
 
+def test_a_network_of_many_layers_of_no_bytes(tmp_path):
+    layers = {f"encoder.layers.{i}.mlp.fc1.weight": entry([8, 0], (0, 0)) for i in range(10_000)}
+    ends = {f"embeddings.{what}_embedding.weight": entry([77, 8], (0, 77 * 8 * 4)) for what in ("token", "position")}
+    ends["embeddings.position_embedding.weight"]["data_offsets"] = [77 * 8 * 4, 2 * 77 * 8 * 4]
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(raw(json.dumps(layers | ends).encode(), bytes(2 * 77 * 8 * 4)))
+    with pytest.raises(CheckpointError, match="layers is 10000; only 1 to 64 is supported"):
+        load_text(path)
+
+
 def test_header_larger_than_any_models(run, tmp_path):
     path = tmp_path / "m.safetensors"
     with path.open("wb") as file:
@@ -414,6 +456,7 @@ JSON_TOKENS = [
     b"null",
     b"1e999",
     b"\\u0000",
+    b"\\ud800",
     b"\xff",
     b"F64",
 ]
@@ -446,6 +489,7 @@ def test_mutated_headers(sound, tmp_path, edits, length, cut):
     try:
         report = inspect(path)
         to_text(report)
+        json.dumps(report, ensure_ascii=False).encode()
     except CheckpointError as error:
         assert "\n" not in str(error)
     COST["seconds"] = max(COST["seconds"], time.perf_counter() - start_time)

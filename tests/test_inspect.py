@@ -48,7 +48,7 @@ def test_what_is_absent_missing_surplus_and_repaired(tmp_path):
     missing = UNET + "out.2.bias"
     del manifest[missing]
     manifest[UNET + "input_blocks.0.0.weight"] = [320, 9, 3, 3]
-    manifest |= {UNET + "surplus": [1], "somebodys.own": [2], "model_ema.decay": []}
+    manifest |= {UNET + "surplus": [1], "somebodys.own": [2], "model_ema.x": []}
     path = hollow_file(
         tmp_path / "m.safetensors", manifest, dtype="F8_E4M3", metadata={"evil\n": "\x1b[31m" + "x" * 999}
     )
@@ -137,7 +137,16 @@ def test_command_line(tmp_path, capsys):
     assert report["sha256"] == expected
     assert report["parts"]["unet"]["config"]["context_dim"] == 48
     assert main(["inspect", str(SHIPPED), "--hash"]) == 2
-    assert "--hash is of one file" in capsys.readouterr().err
+    assert "--hash is of files" in capsys.readouterr().err
+    page = tmp_path / "page.safetensors"
+    page.write_text("<html>")
+    assert main(["inspect", str(path), str(page), str(SHIPPED)]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("Stable Diffusion v1,") == 2
+    assert "a web page" in err and "1 of 3 cannot be read" in err.splitlines()[-1]
+    path.with_suffix(".vae.pt").touch()
+    assert main(["inspect", str(path)]) == 0
+    assert "will take the place of its VAE" in capsys.readouterr().out
 
 
 MEASURE = """

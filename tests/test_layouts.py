@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from ldm import ScheduleConfig, StableDiffusion, UNetConfig
 from ldm.checkpoint import load_model, load_text, load_unet, load_vae
-from ldm.checkpoint.layouts import LABELS, NAMES
+from ldm.checkpoint.files import open_tensors
+from ldm.checkpoint.layouts import LABELS, NAMES, read_layout
 from ldm.checkpoint.sources import Choices, open_checkpoint
 from ldm.errors import CheckpointError, RequestError
 
@@ -199,11 +201,17 @@ def test_pickles_of_training_code(whole, weights, config, clip_tokens, tmp_path,
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.setitem(sys.modules, name, module)
+    omegaconf = ModuleType("omegaconf.dictconfig")
+    omegaconf.DictConfig = type("DictConfig", (), {"__module__": omegaconf.__name__})
+    for name in ("omegaconf", omegaconf.__name__):
+        monkeypatch.setitem(sys.modules, name, omegaconf)
+    settings = omegaconf.DictConfig()
+    settings.object_types = [dict, list, int, defaultdict]  # as a real one names them
     callback = module.ModelCheckpoint()
     callback.best = 0.5
     state = {"callbacks": {module.ModelCheckpoint: {"best_model_score": np.float64(0.5), "it": callback}}}
-    torch.save({"state_dict": whole, "loss": np.float32(1), **state}, tmp_path / "m.ckpt")
-    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+    torch.save({"state_dict": whole, "loss": np.float32(1), "config": settings, **state}, tmp_path / "m.ckpt")
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__, "omegaconf", omegaconf.__name__):
         monkeypatch.delitem(sys.modules, name)
     assert_is_the_shipped_model(load_model(tmp_path / "m.ckpt", config), weights)
     assert module.__name__ not in sys.modules
@@ -227,6 +235,16 @@ ALONE: dict[str, tuple[str, Callable[[Callable], Tensors]]] = {
     "VAE, CompVis, with its training loss": (
         "vae",
         lambda spell: spell("vae", "compvis") | {"loss.discriminator.main.0.bias": torch.zeros(3)},
+    ),
+    "VAE, with the settings of its EMA weights": (
+        "vae",
+        lambda spell: (
+            spell("vae", "compvis") | {"model_ema.decay": torch.ones(()), "model_ema.num_updates": torch.ones(())}
+        ),
+    ),
+    "VAE, with EMA weights of its own": (
+        "vae",
+        lambda spell: spell("vae", "compvis", VAE) | {"model_ema.encoderconv_inweight": torch.zeros(3)},
     ),
     "text encoder": ("text", lambda spell: spell("text", "compvis")),
     "text encoder, text_model.": ("text", lambda spell: spell("text", "compvis", "text_model.")),
@@ -253,6 +271,16 @@ def test_files_of_one_network(layout, spelled, weights, config, clip_tokens, tmp
         assert torch.equal(tensor, weights[name][key]), key
 
 
+@pytest.mark.parametrize("whole_clip", [True, False])
+def test_a_text_encoder_with_its_config(whole_clip, tmp_path):
+    """CLIP's own config.json has the text encoder's below it."""
+    folder = shutil.copytree(SHIPPED / "text_encoder", tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    if whole_clip:
+        (folder / "config.json").write_text(json.dumps({"model_type": "clip", "text_config": config}))
+    assert open_checkpoint(folder).part("text").read_config().width == config["hidden_size"]
+
+
 def test_there_are_many_layouts():
     assert len(WHOLE) + len(ALONE) >= 30
 
@@ -272,8 +300,12 @@ def test_ema_weights_on_request(whole, weights, config, clip_tokens, tmp_path):
     save_file(whole, path)
     with pytest.raises(CheckpointError, match="holds no EMA weights; leave out --ema"):
         load_model(path, config, Choices(ema=True))
-    with pytest.raises(CheckpointError, match="holds no EMA weights"):
-        load_model(SHIPPED, choices=Choices(ema=True))
+    contents = read_layout(open_tensors(hollow_file(path, {UNET + "a": [], "model_ema.diffusion_modela": [], 
+        UNET + "input_blocks.0.0.weight": [4], "model_ema.diffusion_modelinput_blocks00weight": [4],
+        "model_ema.surplus": [1], "model_ema.decay": []})), ema=True)  # fmt: skip
+    assert {reason: len(tensors) for reason, tensors in contents.ignored.items()} == {
+        "EMA settings": 1, "EMA weights": 1, "weights that the EMA weights replace": 2
+    }  # fmt: skip
 
 
 def test_a_file_of_ema_weights_alone(tmp_path):
@@ -386,7 +418,11 @@ def test_faults_of_what_is_told(whole, tmp_path, clip_tokens):
         "model: [": "not valid YAML",
         "!!python/object/apply:os.system [true]": "not valid YAML",
         "[" * 10_000: "not valid YAML",
-        "x" * 300_000: "larger than any file of its kind",
+        'a: !!int ""': "not valid YAML",
+        "a: !!bool x": "not valid YAML",
+        "a: !!timestamp x": "not valid YAML",
+        "a: &a [1]\nb: [*a, *a]": "it has aliases",
+        "x" * 40_000: "larger than any file of its kind",
     }.items():
         (tmp_path / "m.yaml").write_text(yaml)
         with pytest.raises(CheckpointError, match=re.escape(expected)):
@@ -463,9 +499,9 @@ def test_a_folder_in_the_hubs_cache(tmp_path, weights):
 @pytest.mark.parametrize("given", ["unet", "unet/diffusion_pytorch_model.safetensors"])
 def test_the_unet_of_a_folder_keeps_its_schedule(given, folder):
     path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction", "beta_end": 0.5}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction", "beta_end": 0.02}))
     checkpoint = open_checkpoint(folder / given)
-    assert (checkpoint.schedule.prediction_type, checkpoint.schedule.beta_end) == ("v_prediction", 0.5)
+    assert (checkpoint.schedule.prediction_type, checkpoint.schedule.beta_end) == ("v_prediction", 0.02)
     assert checkpoint.prediction_reason == "scheduler_config.json"
 
 
@@ -481,7 +517,7 @@ def test_files_near_a_folder_are_no_part_of_it(folder, whole):
 
 def test_ema_weights_are_not_in_a_folder(folder):
     for path in (folder, folder / "unet"):
-        with pytest.raises(CheckpointError, match="holds no EMA weights"):
+        with pytest.raises(CheckpointError, match="leave out --ema"):
             open_checkpoint(path, Choices(ema=True))
 
 

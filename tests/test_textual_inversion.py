@@ -47,7 +47,7 @@ LAYOUTS = {  # what a tool writes, the words that stand for it
         ),
         ["my-cat"],
     ),
-    "diffusers": (lambda f, v: pickled(f, {"<cat-toy>": v}, "learned_embeds.bin"), ["learned_embeds", "<cat-toy>"]),
+    "diffusers": (lambda f, v: pickled(f, {"<cat-toy>": v}, "learned_embeds.bin"), ["<cat-toy>"]),
     "diffusers, safetensors": (lambda f, v: saved(f, {"<cat-toy>": v}, "e.safetensors"), ["e", "<cat-toy>"]),
     "SDXL": (
         lambda f, v: saved(f, {"clip_g": rand(2, 1280), "clip_l": v}, "my-cat.safetensors"),
@@ -76,6 +76,18 @@ def table(sd) -> Tensor:
 def test_a_single_vector_may_have_one_axis(sd, tmp_path):
     with sd.load_embedding(pickled(tmp_path, {"<a>": rand(WIDTH).half()}, "x.bin")):
         assert table(sd).shape == (VOCABULARY + 1, WIDTH)
+
+
+def test_two_of_diffusers_own_name(sd, tmp_path):
+    """Each of them is called learned_embeds.bin, so that only their tokens tell them apart."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        pickled(tmp_path / name, {f"<{name}>": rand(WIDTH)}, "learned_embeds.bin")
+    with (
+        sd.load_embedding(tmp_path / "a" / "learned_embeds.bin"),
+        sd.load_embedding(tmp_path / "b" / "learned_embeds.bin"),
+    ):
+        assert list(sd.text.triggers) == ["<a>", "<b>"]
 
 
 def test_a_token_of_ones_own(sd, tmp_path):
@@ -184,13 +196,14 @@ def touched(path):
 FAULTY = {
     "width": (lambda f: saved(f, {"emb_params": rand(2, 768)}), "its vectors have 768 numbers, this model's 128"),
     "many": (lambda f: saved(f, {"emb_params": rand(76, WIDTH)}), "has 76 vectors; a prompt has room for 75"),
-    "NaN": (lambda f: saved(f, {"emb_params": rand(2, WIDTH) * math.nan}), "'emb_params' holds NaN"),
+    "LoRA": (lambda f: saved(f, {"lora_unet_x.lora_up.weight": rand(2, WIDTH), "b": rand(1)}), "this is a LoRA"),
+    "NaN": (lambda f: saved(f, {"emb_params": rand(2, WIDTH) * math.nan}), "emb_params holds NaN"),
     "none": (lambda f: saved(f, {"emb_params": rand(0, WIDTH)}), r"F32\[0, 128\]"),
     "integers": (lambda f: saved(f, {"emb_params": rand(2, WIDTH).long()}), r"I64\[2, 128\]"),
     "axes": (lambda f: saved(f, {"emb_params": rand(1, 2, WIDTH)}), r"F32\[1, 2, 128\]"),
     "a model": (lambda f: saved(f, {"a": rand(WIDTH), "b": rand(WIDTH)}), r"holds 2 tensors \(a, b\)"),
     "no dictionary": (lambda f: pickled(f, [rand(WIDTH)], "x.pt"), "holds no embedding"),
-    "no tensors": (lambda f: pickled(f, {"a": 1}, "x.pt"), r"holds 0 tensors \(none\)"),
+    "no tensors": (lambda f: pickled(f, {"a": 1}, "x.pt"), r"holds none; an embedding has one"),
     "two": (lambda f: pickled(f, {"string_to_param": {"a": rand(1), "b": rand(1)}}, "x.pt"), "no single embedding"),
     "odd": (lambda f: pickled(f, {"string_to_param": 1}, "x.pt"), "no single embedding"),
     "code": (lambda f: pickled(f, {"string_to_param": {"*": print}}, "x.pt"), "damaged or holds more than tensors"),

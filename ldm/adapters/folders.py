@@ -21,8 +21,9 @@ def find_loras(names: Iterable[str], folders: Sequence[Path], loaded: Collection
     files = _listing(folders) if wanted else {}
     for name in wanted:
         if name not in files:
-            looked = ", ".join(map(str, folders)) or "no folder, because none is given"
-            near = get_close_matches(name[:100], [*files, *loaded], n=3)
+            looked = ", ".join(map(str, folders)) or "no folder: give one with --lora-dir (lora_folders)"
+            folded = {known.casefold(): known for known in (*files, *loaded)}
+            near = [folded[match] for match in get_close_matches(name[:100].casefold(), folded, n=3)]
             hint = f"; there is {' and '.join(near)}" if near else ""
             raise RequestError(f"no LoRA is called {name!r:.100}: looked in {looked}{hint}")
         if len(files[name]) > 1:

@@ -30,7 +30,7 @@ PREFIXES = {
     ),
 }  # fmt: skip
 # Before a name with underscores: kohya's sd-scripts and LyCORIS's.
-KOHYA_PREFIXES = {UNET: ("lora_unet_",), TEXT: ("lora_te_", "lora_te1_")}
+KOHYA_PREFIXES = {UNET: ("lora_unet_", "lycoris_"), TEXT: ("lora_te_", "lora_te1_")}
 
 # Modules that belong to no attention processor any more, by the end of their names.
 PROCESSORS = {f"{block}.{new}": f"{block}.processor.{old}" for block in ("attn1", "attn2") for new, old in [

@@ -15,13 +15,16 @@ from torch import Tensor
 
 from ldm.adapters.keys import FOREIGN, TEXT, UNET, Target, spellings, split
 from ldm.adapters.kinds import KINDS, Change, read_change, read_magnitude
+from ldm.checkpoint import detect
 from ldm.checkpoint.files import StoredTensor, TensorFile, open_tensors, parse_json, read_json
+from ldm.checkpoint.layouts import describe
 from ldm.errors import CheckpointError
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 
 log = logging.getLogger(__name__)
 
+MAX_ALPHA = 1e6  # alphas are about as large as ranks
 Parameter = tuple[str, str]  # of which network ("unet" or "text"), and its name there
 
 
@@ -66,7 +69,7 @@ def read_lora(
 def _sort(file: TensorFile, names: Mapping[str, Target]) -> dict[Target, dict[str, StoredTensor]]:
     """A file's tensors by the module they change and their part in the change."""
     modules: dict[Target, dict[str, StoredTensor]] = defaultdict(dict)
-    strays: dict[str, list[str]] = {"not in this model": [], "of an unknown kind": []}
+    strays: dict[str, list[str]] = defaultdict(list)
     for key, stored in file.tensors.items():
         if foreign := next((model for prefix, model in FOREIGN.items() if key.startswith(prefix)), None):
             raise CheckpointError(f"{file.path}: it is for {foreign}, whose {key!r:.150} this model has no place for")
@@ -81,11 +84,11 @@ def _sort(file: TensorFile, names: Mapping[str, Target]) -> dict[Target, dict[st
             )
         else:
             modules[names[module]][part] = stored
-    described = "; ".join(
-        f"{len(keys)} {reason} ({', '.join(f'{key:.100}' for key in keys[:3])}{', …' if len(keys) > 3 else ''})"
-        for reason, keys in strays.items()
-        if keys
-    )
+    for target in [target for target, parts in modules.items() if parts.keys() == {"alpha"}]:
+        strays["without anything to scale"].append(modules.pop(target)["alpha"].name)
+    described = "; ".join(f"{reason}: {describe(keys)}" for reason, keys in strays.items() if keys)
+    if not modules and (kind := detect.not_an_addition(file.tensors, "a LoRA")) is not None:
+        raise CheckpointError(f"{file.path}: this is {kind}; expected a LoRA or one of its relatives")
     if not modules:
         raise CheckpointError(
             f"{file.path}: it changes nothing in this model, it may be for another kind such as SDXL; "
@@ -129,7 +132,7 @@ class _Alphas:
         assert change.rank
         if "alpha" in tensors:
             stored = tensors["alpha"]
-            if stored.numel != 1 or not math.isfinite(alpha := float(stored.load().item())):
+            if stored.numel != 1 or not abs(alpha := float(stored.load().item())) <= MAX_ALPHA:
                 raise ValueError(f"{stored.name!r:.150} should be a number, it has the shape {list(stored.shape)}")
             return alpha / change.rank
         name = next(iter(change.tensors.values())).name
@@ -150,7 +153,7 @@ def _peft_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
         if f".{module}".endswith(f".{pattern.removeprefix('^')}"):
             alpha = value
             break
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
         raise ValueError(f"its PEFT settings have the lora_alpha {alpha!r:.50}; expected a number")
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
@@ -163,6 +166,8 @@ def _read_alphas(file: TensorFile) -> _Alphas:
     """The settings that PEFT keeps apart from its tensors. Raises CheckpointError."""
     if PEFT_KEY in file.metadata:
         packed = parse_json(file.metadata[PEFT_KEY], f"{file.path}: {PEFT_KEY}")
+        if "lora_alpha" in packed:  # of a network that was saved alone
+            return _Alphas({"": packed})
         settings: dict[str, dict[str, Any]] = defaultdict(dict)
         for key, value in packed.items():
             network, _, field = key.partition(".")

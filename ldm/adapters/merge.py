@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.adapters.handle import Handle
 from ldm.adapters.keys import TEXT, UNET
 from ldm.adapters.lora import Lora, Parameter
+from ldm.checkpoint.writing import is_finite
 from ldm.errors import RequestError
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
@@ -111,7 +112,13 @@ class Adapters:
         total = exact.clone()
         for dose in doses:
             total += dose.strength(parameter) * dose.lora.changes[parameter].delta(exact)
-        return _like(original, total.to(original.dtype)), kept
+        merged = total.to(original.dtype)
+        if is_finite(total) and not is_finite(merged):
+            names = ", ".join(dose.lora.name for dose in doses)
+            raise RequestError(
+                f"{names}: {'.'.join(parameter)} overflows {str(merged.dtype)[6:]}; use less strength, or float32"
+            )
+        return _like(original, merged), kept
 
     def _now(self, parameter: Parameter) -> nn.Parameter:
         return self._networks[parameter[0]].get_parameter(parameter[1])

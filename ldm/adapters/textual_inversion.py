@@ -12,12 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters.handle import Handle
+from ldm.checkpoint import detect
 from ldm.checkpoint.files import StoredTensor, is_pickle, open_tensors, read_pickle, store
 from ldm.checkpoint.header import FLOATS
-from ldm.errors import CheckpointError, RequestError
+from ldm.checkpoint.layouts import describe
+from ldm.errors import CheckpointError, RequestError, printable
 from ldm.models.text import TextEncoder
 
 log = logging.getLogger(__name__)
+
+
+UNTOLD = ("learned_embeds",)  # names that tools give to every file, which are no word for what it shows
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +52,11 @@ def read_embedding(
     if stored.numel > room * width:
         raise CheckpointError(f"{path}: it has {stored.numel // width} vectors; a prompt has room for {room}")
     vectors = stored.load().float().reshape(-1, width).clone()
-    if not allow_nonfinite and not vectors.isfinite().all():
-        raise CheckpointError(f"{path}: {stored.name!r:.100} holds NaN or infinity: the file is damaged")
-    triggers = [path.stem, key] if token is None else [token]
+    dtype = text.transformer.embeddings.token_embedding.weight.dtype
+    if not allow_nonfinite and not vectors.to(dtype).isfinite().all():
+        raise CheckpointError(f"{path}: {printable(stored.name)} holds NaN or infinity in {str(dtype)[6:]}")
+    of_file = [] if key and path.stem in UNTOLD else [path.stem]
+    triggers = [token] if token is not None else [*of_file, key]
     return Embedding(tuple(dict.fromkeys(trigger.lower() for trigger in triggers if trigger)), vectors)
 
 
@@ -59,11 +66,12 @@ def _find(path: Path) -> tuple[str, StoredTensor]:
     for key in ("emb_params", "clip_l"):
         if key in tensors:
             if others := [name for name in tensors if name != key]:
-                log.warning("%s: left out, because this model has one text encoder: %.200s", path, ", ".join(others))
+                log.warning("%s: left out, because this model has one text encoder: %s", path, describe(others))
             return "", tensors[key]
     if len(tensors) != 1:
-        names = ", ".join(f"{name:.50}" for name in list(tensors)[:3])
-        raise CheckpointError(f"{path}: holds {len(tensors)} tensors ({names or 'none'}); an embedding has one")
+        kind = detect.not_an_addition(tensors, "a textual inversion embedding")
+        found = f"this is {kind}" if kind else f"holds {describe(list(tensors))}" if tensors else "holds none"
+        raise CheckpointError(f"{path}: {found}; an embedding has one tensor")
     [(key, stored)] = tensors.items()
     return "" if key == "*" else key, stored
 

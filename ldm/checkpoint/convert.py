@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +19,31 @@ from tqdm import tqdm
 from ldm.checkpoint import configs
 from ldm.checkpoint.detect import PARAMETERIZATIONS
 from ldm.checkpoint.files import FORMAT_DTYPES, TORCH_DTYPES, StoredTensor
-from ldm.checkpoint.folders import EXTRAS, FOLDERS
+from ldm.checkpoint.folders import EXTRAS, FOLDERS, STEMS
 from ldm.checkpoint.header import FLOATS
-from ldm.checkpoint.layouts import EMA, LABELS, MARKS, POSITION_IDS, TEXT_LEVEL, Part, describe
+from ldm.checkpoint.layouts import EMA, LABELS, MARKS, POSITION_IDS, REPLACED, TEXT_LEVEL, Part, describe
 from ldm.checkpoint.load import build, check, read_config
 from ldm.checkpoint.names import disk_dims
-from ldm.checkpoint.sources import CONFIG_KEY, MODELSPEC_KEY, TOKENIZER_KEY, Checkpoint, Choices, open_checkpoint
+from ldm.checkpoint.sources import (
+    CONFIG_KEY,
+    MODELSPEC_KEY,
+    TOKENIZER_KEY,
+    Checkpoint,
+    Choices,
+    find_sidecar_vae,
+    open_checkpoint,
+)
 from ldm.checkpoint.vocabulary import read_vocabulary
 from ldm.checkpoint.writing import Output, release, same_bits, torch_dtype, write_tensors
-from ldm.config import SD_V1
-from ldm.errors import CheckpointError, RequestError
-from ldm.files import staged_file, staged_folder
+from ldm.config import DTYPES, SD_V1
+from ldm.errors import CheckpointError, RequestError, printable
+from ldm.files import made_folder, staged_file, staged_folder
 from ldm.models.tokenizer import shipped_vocabulary
 
 log = logging.getLogger(__name__)
 
-DTYPES = ("float32", "float16", "bfloat16")
+
+FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")  # suffixes that no folder should have
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ FOLDER_FILES = {
 class Conversion:
     """What to change on the way. Raises RequestError for an unknown dtype."""
 
-    dtype: str | None = None  # one of DTYPES; None keeps each tensor's own
+    dtype: str | None = None  # a key of DTYPES; None keeps each tensor's own
     prune: bool = False  # leave out what is not needed to run the networks
     verify: bool = False  # read the result again and compare every tensor with the source
     overwrite: bool = False  # replace what is at the target
@@ -75,7 +87,9 @@ class Conversion:
             raise RequestError(f"dtype is {self.dtype!r:.50}: use one of {', '.join(DTYPES)}")
 
     def dtype_of(self, tensor: StoredTensor) -> str:
-        return FORMAT_DTYPES[self.dtype] if self.dtype and tensor.dtype in FLOATS else tensor.dtype
+        if self.dtype is None or tensor.dtype not in FLOATS:
+            return tensor.dtype
+        return FORMAT_DTYPES[DTYPES[self.dtype]]
 
 
 def convert(source: Path, target: Path, choices: Choices = Choices(), conversion: Conversion = Conversion()) -> None:
@@ -86,34 +100,79 @@ def convert(source: Path, target: Path, choices: Choices = Choices(), conversion
     """
     checkpoint = open_checkpoint(source, choices, sidecar_vae=False)
     single = target.suffix == ".safetensors"
-    if target.suffix in (".ckpt", ".pt", ".bin", ".pth"):
+    if not single and get_close_matches(target.suffix.lower(), FILES):
         raise RequestError(f"{target}: only .safetensors files are written, or folders; choose another name")
-    overwrite = conversion.overwrite or target.resolve() == source.resolve()
-    if target.exists() and not overwrite:
-        raise RequestError(f"{target} exists; choose another name, or --overwrite")
-    if target.exists() and target.is_dir() == single:
-        raise RequestError(f"{target} is a {'folder' if single else 'file'}; choose another name")
+    target = target.resolve()  # what a link stands for is replaced, not the link
+    overwrite = conversion.overwrite or target == source.resolve()
+    _check_target(target, single, overwrite)
     files = _plan_single(checkpoint, conversion) if single else _plan_folder(checkpoint, conversion)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _report(checkpoint, conversion)
     size = sum(output.nbytes for file in files.values() for output in file.tensors)
-    if size > (free := shutil.disk_usage(target.parent).free):
-        raise CheckpointError(f"{target}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
     with (
+        made_folder(target.parent),
         (staged_file if single else staged_folder)(target, overwrite) as staged,
         tqdm(total=size * (1 + conversion.verify), unit="B", unit_scale=True, desc=target.name) as bar,
     ):
+        if size > (free := shutil.disk_usage(target.parent).free):
+            raise CheckpointError(f"{target}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
         _write(staged, files, bar, conversion)
         if conversion.verify:
             verify(checkpoint, open_checkpoint(staged, sidecar_vae=False), conversion, bar)
+    if conversion.verify:
+        cast = f" in {conversion.dtype}" if conversion.dtype else ""
+        log.info("verified: every tensor is bit for bit that of the source%s", cast)
+
+
+# The files of a model's folder. Where a folder holds anything else, it is not replaced: that would be lost.
+OF_A_MODEL = re.compile(
+    rf"model_index\.json|{re.escape(EXTRAS)}|scheduler/scheduler_config\.json|tokenizer/[^/]+\.(json|txt)"
+    rf"|({'|'.join(FOLDERS.values())})/(config\.json|({'|'.join(STEMS)})(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?)"
+)
+
+
+def _check_target(target: Path, single: bool, overwrite: bool) -> None:
+    """Raises RequestError where something is in the way that is not to be replaced."""
+    if not target.exists():
+        return
+    if target.is_dir() == single:
+        raise RequestError(f"{target} is a {'folder' if single else 'file'}; choose another name")
+    there = [] if single else [path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()]
+    if others := [printable(path) for path in sorted(there) if not OF_A_MODEL.fullmatch(path)]:
+        raise RequestError(
+            f"{target} holds {len(others)} files that are no part of a model and would be lost "
+            f"({', '.join(others[:3])}{', …' if len(others) > 3 else ''}); choose another name"
+        )
+    if (single or there) and not overwrite:
+        raise RequestError(f"{target} exists; choose another name, or --overwrite")
+
+
+def _report(checkpoint: Checkpoint, conversion: Conversion) -> None:
+    """Log what the result will not hold."""
+    for note in checkpoint.notes:
+        log.info("%s", note)
+    if not checkpoint.borrowed and checkpoint.path.is_file() and (sidecar := find_sidecar_vae(checkpoint.path)):
+        log.info("left out: %s, which takes the place of the VAE when this is loaded; bake it in with --vae", sidecar)
+    for contents in checkpoint.contents.values():
+        for reason, tensors in {**contents.ignored, "of no known use": contents.unknown}.items():
+            if tensors and (conversion.prune or reason == REPLACED):
+                log.info("left out: %s (%s)", reason, describe(list(tensors)))
 
 
 @dataclass(frozen=True)
 class File:
-    """A file to write: tensors with metadata, or text."""
+    """A file to write: tensors with metadata, or text. Raises CheckpointError where two tensors have one name."""
 
     tensors: list[Output]
     metadata: Mapping[str, str]
     text: str = ""
+
+    def __post_init__(self) -> None:
+        counts = Counter(output.name for output in self.tensors)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise CheckpointError(
+                f"{describe(twice)} would be in the result twice, because tensors of no known use have these names; "
+                "use --prune to leave those out"
+            )
 
 
 def _write(staged: Path, files: Mapping[str, File], bar: tqdm, conversion: Conversion) -> None:
@@ -167,13 +226,18 @@ def _plan_folder(checkpoint: Checkpoint, conversion: Conversion) -> dict[str, Fi
     metadata = {"format": "pt", **checkpoint.metadata}
     for key in (CONFIG_KEY, TOKENIZER_KEY, MODELSPEC_KEY):  # which the folder's own files tell
         metadata.pop(key, None)
-    config = read_config(checkpoint)
     files = {
         f"{FOLDERS[name]}/{FOLDER_FILES[name]}": File(
             list(_part_outputs(checkpoint, name, FOLDER, conversion)), metadata
         )
         for name in checkpoint.parts
     }
+    if absent := [label for name, label in LABELS.items() if name not in checkpoint.parts]:
+        raise CheckpointError(
+            f"{checkpoint.path}: holds no {' and no '.join(absent)}, and a folder needs all three networks; "
+            "add them with --vae and --text-encoder, or choose a target that ends in .safetensors"
+        )
+    config = read_config(checkpoint)
     if extras := _extra_outputs(checkpoint, conversion):
         files[EXTRAS] = File(extras, metadata)
     texts: dict[str, Any] = {
@@ -207,11 +271,11 @@ def _part_outputs(
         padded = (*shape, *[1] * (dims - len(shape)))
         yield Output(layout.prefix + theirs[ours], tensor, conversion.dtype_of(tensor), padded)
     if name == "text" and not conversion.prune:
-        contents = {**checkpoint.borrowed, **checkpoint.contents}[part.where]
-        for tensor in contents.ignored.get(POSITION_IDS, {}).values():
-            ids = _sound_position_ids(tensor, config.max_length)
+        sources = ({**checkpoint.borrowed, **checkpoint.contents}[part.where], *checkpoint.contents.values())
+        found = [tensor for contents in sources for tensor in contents.ignored.get(POSITION_IDS, {}).values()]
+        if found:
+            ids = _sound_position_ids(found[0], config.max_length)
             yield Output(f"{layout.prefix}embeddings.position_ids", ids, ids.dtype, ids.shape)
-            break
 
 
 def _sound_position_ids(tensor: StoredTensor, length: int) -> StoredTensor:
@@ -225,16 +289,14 @@ def _sound_position_ids(tensor: StoredTensor, length: int) -> StoredTensor:
 
 def _extra_outputs(checkpoint: Checkpoint, conversion: Conversion) -> list[Output]:
     """What is kept although no network needs it, under its own names; only EMA weights are cast with the rest."""
-    outputs = []
-    for contents in checkpoint.contents.values():
-        for reason, tensors in {**contents.ignored, "unknown": contents.unknown}.items():
-            if conversion.prune:
-                log.info("left out: %s (%d tensors)", reason, len(tensors))
-            elif reason != POSITION_IDS:
-                for name, tensor in tensors.items():
-                    dtype = conversion.dtype_of(tensor) if reason == EMA else tensor.dtype
-                    outputs.append(Output(name, tensor, dtype, tensor.shape))
-    return outputs
+    written_elsewhere = {REPLACED, *([POSITION_IDS] if "text" in checkpoint.parts else [])}
+    return [
+        Output(name, tensor, conversion.dtype_of(tensor) if reason == EMA else tensor.dtype, tensor.shape)
+        for contents in (() if conversion.prune else checkpoint.contents.values())
+        for reason, tensors in {**contents.ignored, "": contents.unknown}.items()
+        for name, tensor in tensors.items()
+        if reason not in written_elsewhere
+    ]
 
 
 def verify(source: Checkpoint, result: Checkpoint, conversion: Conversion, bar: tqdm) -> None:

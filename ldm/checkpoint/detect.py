@@ -26,13 +26,17 @@ OTHER_FAMILIES = {
 }
 # What is made to be added to a model; merges carry such keys too, so these count only where no network is found.
 ADDITIONS = {
-    r"lora_|lokr_|hada_|dora_scale": "a LoRA",
+    r"lora[._]|lokr_|hada_|dora_scale": "a LoRA",
     r"^(emb_params|string_to_param|clip_[lg]|<.*>)$": "a textual inversion embedding",
     r"^(320|640|768|1280)$": "a hypernetwork",
     r"motion_modules\.": "an AnimateDiff motion module",
     r"^(ip_adapter|image_proj)\.": "an IP-Adapter",
     r"^(encoder|decoder)\.layers\.\d|^\d+\.conv\.\d": "a TAESD autoencoder",
 }
+MODELS = {
+    r"^(model\.diffusion_model|first_stage_model|cond_stage_model|unet|vae|decoder)\.": "a model or a part of one"
+}
+ADDED_WITH = {"a LoRA": "--lora", "a textual inversion embedding": "--embedding"}
 OTHER_CONTEXT_DIMS = {1024: "a Stable Diffusion 2.x model", 2048: "a Stable Diffusion XL model"}
 
 
@@ -40,7 +44,8 @@ class OtherFamilyError(CheckpointError):
     """A sound file of something else than Stable Diffusion v1.x."""
 
     def __init__(self, family: str, where: str):
-        super().__init__(f"{where}: this is {family}; expected a Stable Diffusion v1.x model")
+        advice = f"; use it with {ADDED_WITH[family]}" if family in ADDED_WITH else ""
+        super().__init__(f"{where}: this is {family}; expected a Stable Diffusion v1.x model{advice}")
         self.family = family
 
 
@@ -48,6 +53,11 @@ def family(names: Iterable[str], table: Mapping[str, str]) -> str | None:
     """What a file with these names is, by one of the tables above."""
     text = "\n".join(names)
     return next((what for pattern, what in table.items() if re.search(pattern, text, re.MULTILINE)), None)
+
+
+def not_an_addition(names: Iterable[str], wanted: str) -> str | None:
+    """What a file is that is not what was wanted, a row of ADDITIONS."""
+    return family(names, {pattern: what for pattern, what in (ADDITIONS | MODELS).items() if what != wanted})
 
 
 def _count(shapes: Shapes, template: str) -> int:
@@ -162,6 +172,24 @@ def text_from_shapes(shapes: Shapes, spelling: str, where: str) -> TextConfig:
     )
 
 
+# What a network may measure. A header of a few bytes can claim any number of layers; a network of them takes memory.
+LIMITS = {
+    **dict.fromkeys(("channels", "in_channels", "out_channels", "latent_channels"), 1 << 14),
+    **dict.fromkeys(("context_dim", "width", "mlp_width"), 1 << 16),
+    "blocks_per_level": 16, "layers": 64, "max_length": 4096, "vocab_size": 1 << 20,
+}  # fmt: skip
+MAX_LEVELS = 8
+
+
+def check_limits(config: Any, where: str) -> None:
+    """Raises CheckpointError for a UNetConfig, VAEConfig or TextConfig of a network larger than any of its kind."""
+    for name, value in vars(config).items():
+        if name in LIMITS and not 1 <= value <= LIMITS[name]:
+            raise CheckpointError(f"{where}: {name} is {brief(value)}; only 1 to {LIMITS[name]} is supported")
+        if name == "channel_mult" and len(value) > MAX_LEVELS:
+            raise CheckpointError(f"{where}: there are {len(value)} levels; only 1 to {MAX_LEVELS} are supported")
+
+
 # What a diffusers config must say for its network to be ours; absent or null means the default, which is this.
 UNET_REQUIRED = {
     "act_fn": "silu", "addition_embed_type": None, "center_input_sample": False, "class_embed_type": None,
@@ -203,9 +231,9 @@ class _Reader:
 
     def integers(self, key: str) -> tuple[int, ...]:
         values: Any = self.json.get(key)
-        fits = isinstance(values, list) and 1 <= len(values) <= 8
+        fits = isinstance(values, list) and 1 <= len(values) <= MAX_LEVELS
         if not fits or not all(type(value) is int and 1 <= value <= 1 << 16 for value in values):
-            raise self.error(key, "a list of 1 to 8 whole numbers")
+            raise self.error(key, f"a list of 1 to {MAX_LEVELS} whole numbers")
         return tuple(values)
 
     def number(self, key: str, default: float) -> float:
@@ -247,7 +275,7 @@ def unet_from_json(json: Json, where: str) -> UNetConfig:
         out_channels=read.integer("out_channels"),
         channels=widths[0],
         channel_mult=_multiples(widths, where),
-        blocks_per_level=read.integer("layers_per_block", most=64),
+        blocks_per_level=read.integer("layers_per_block"),
         attention_levels=tuple(level for level, kind in enumerate(down) if kind == "CrossAttnDownBlock2D"),
         # diffusers has always called the number of heads attention_head_dim
         heads=read.integer("attention_head_dim" if json.get("num_attention_heads") is None else "num_attention_heads"),
@@ -268,22 +296,23 @@ def vae_from_json(json: Json, where: str) -> VAEConfig:
         latent_channels=read.integer("latent_channels"),
         channels=widths[0],
         channel_mult=_multiples(widths, where),
-        blocks_per_level=read.integer("layers_per_block", most=64),
+        blocks_per_level=read.integer("layers_per_block"),
         scale_factor=read.number("scaling_factor", VAEConfig.scale_factor),
         norm_groups=read.integer("norm_num_groups"),
     )
 
 
 def text_from_json(json: Json, where: str) -> TextConfig:
-    """The config of a text encoder from transformers' text_encoder/config.json."""
-    read = _Reader(json, TEXT_REQUIRED, where)
+    """The config of a text encoder from transformers' text_encoder/config.json, or from that of a whole CLIP."""
+    inner = json.get("text_config")
+    read = _Reader(inner if isinstance(inner, dict) else json, TEXT_REQUIRED, where)
     return TextConfig(
         vocab_size=read.integer("vocab_size", most=1 << 20),
         width=read.integer("hidden_size"),
-        layers=read.integer("num_hidden_layers", most=256),
+        layers=read.integer("num_hidden_layers"),
         heads=read.integer("num_attention_heads"),
         mlp_width=read.integer("intermediate_size"),
-        max_length=read.integer("max_position_embeddings", most=4096),
+        max_length=read.integer("max_position_embeddings"),
         activation=read.choice("hidden_act", "quick_gelu", ("quick_gelu", "gelu")),
     )
 

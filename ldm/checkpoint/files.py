@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_TEXT_BYTES = 16 << 20  # configs and vocabularies; CLIP's tokenizer.json has 4 MB
-MAX_YAML_BYTES = 1 << 18  # CompVis's have 2 kB, and the parser is slow
-MAX_INDEX_BYTES = 64 << 20  # the pickled part of a PyTorch file, which names the tensors
+MAX_TEXT_BYTES = 16 << 20  # vocabularies; CLIP's tokenizer.json has 4 MB
+MAX_CONFIG_BYTES = 1 << 20  # and indexes of shards
+MAX_YAML_BYTES = 1 << 15  # CompVis's have 2 kB, and the parser is slow
+MAX_INDEX_BYTES = 4 << 20  # the pickled part of a PyTorch file, which names the tensors; Stable Diffusion's has 0.3 MB
 
 # What torch calls the dtypes of the safetensors format.
 TORCH_DTYPES = {
@@ -70,6 +71,9 @@ class TensorFile:
 NOT_TENSORS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file it stands for: run git lfs pull, or download the file",
     b"<": "a web page, not a model: the download went wrong",
+    b"PK\x03\x04": "a PyTorch file that is damaged or cut short: download it again",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
     b"GGUF": "a GGUF file, whose quantised weights are for other programs: use a .safetensors version",
 }
 PICKLE = b"\x80"  # the first byte of a pickle of protocol 2 or later
@@ -149,22 +153,28 @@ class _Map:
 def _open_pickle(path: Path) -> TensorFile:
     import torch
 
-    content = read_pickle(path)
+    content, mapped = read_pickle(path), zipfile.is_zipfile(path)
     nested = content.get("state_dict") if isinstance(content, dict) else None
-    outer = [str(key) for key in content if key != "state_dict"] if isinstance(nested, dict) else []
+    outer = [_name(key) for key in content if key != "state_dict"] if isinstance(nested, dict) else []
     content = nested if isinstance(nested, dict) else content
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no state dict; expected names mapped to tensors")
     tensors, others = {}, outer
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            others.append(str(name))
+            others.append(_name(name))
         else:
-            tensors[name] = store(path, name, value.detach())
+            tensors[name] = store(path, name, value.detach(), mapped)
     return TensorFile(path, "pickle", tensors, {}, tuple(others))
 
 
-def store(path: Path, name: str, tensor: Tensor) -> StoredTensor:
+def _name(key: object) -> str:
+    if isinstance(key, str) or (isinstance(key, int) and abs(key) < 1 << 63):
+        return str(key)
+    return f"a {type(key).__name__}"  # what it says of itself may be endless
+
+
+def store(path: Path, name: str, tensor: Tensor, mapped: bool = False) -> StoredTensor:
     """A tensor from a pickle. Raises CheckpointError for one that is not plain, dense and as large as it claims."""
     import torch
 
@@ -174,7 +184,7 @@ def store(path: Path, name: str, tensor: Tensor) -> StoredTensor:
         raise CheckpointError(f"{path}: {name!r:.100} is a {kind} tensor; expected a dense one of a plain dtype")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError(f"{path}: {name!r:.100} claims the shape {list(tensor.shape)}, of which it holds a part")
-    return StoredTensor(name, dtype, tuple(tensor.shape), lambda: tensor, mapped=zipfile.is_zipfile(path))
+    return StoredTensor(name, dtype, tuple(tensor.shape), lambda: tensor, mapped)
 
 
 class _Inert:
@@ -205,6 +215,10 @@ INERT = [
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
     "typing.Any",
+    "builtins.dict",
+    "builtins.int",
+    "builtins.list",
+    "collections.defaultdict",
 ]
 
 
@@ -212,12 +226,13 @@ def read_pickle(path: Path) -> Any:
     """What a PyTorch file holds: its tensors as views of the memory map. Raises CheckpointError."""
     import torch
 
+    if path.suffix == ".safetensors":
+        raise CheckpointError(
+            f"{path}: not loaded, because it is a pickle under the name of a safer format; rename it to .ckpt if you "
+            "trust its source"
+        )
     try:
         zipped = zipfile.is_zipfile(path)
-        if path.suffix == ".safetensors":
-            raise ValueError(
-                "it is a pickle under the name of a safer format; rename it to .ckpt if you trust its source"
-            )
         if zipped:
             _check_archive(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([(_Inert, name) for name in INERT]):
@@ -277,9 +292,9 @@ def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
         raise CheckpointError(f"{path}: not text in UTF-8") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a text file. Raises CheckpointError."""
-    return parse_json(read_text(path), str(path))
+def read_json(path: Path, most: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """A JSON object from a text file of at most `most` bytes. Raises CheckpointError."""
+    return parse_json(read_text(path, most), str(path))
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
@@ -294,10 +309,17 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Plain data from a YAML file. Raises CheckpointError."""
+    """Plain data from a YAML file without aliases, a few of which can stand for gigabytes. Raises CheckpointError."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it has aliases")
+            return super().compose_node(parent, index)
+
+    text = read_text(path, MAX_YAML_BYTES)
     try:
-        return yaml.safe_load(read_text(path, MAX_YAML_BYTES))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return yaml.load(text, Loader)
+    except Exception as error:  # its constructors raise whatever Python's do
         raise CheckpointError(f"{path}: not valid YAML ({first_line(error)})") from error

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ldm.checkpoint.files import TensorFile, open_tensors, read_json
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, printable
 
 FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder"}  # of each network, in a model's folder
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -56,11 +56,13 @@ def _open_shards(folder: Path, index: Path) -> TensorFile:
 
 def _inside(folder: Path, name: str, index: Path) -> Path:
     """A file of the folder. A link may only lead out of it as in the hub's cache, to the blobs of the same model."""
+    if Path(name).name != name or "\\" in name or not name.isprintable():
+        raise CheckpointError(f"{index}: names {printable(name)}, which is not a file of its folder")
     path = folder / name
     homes = [folder.resolve()]
     for parent in folder.resolve().parents:
         if parent.name == "snapshots":
             homes.append(parent.parent / "blobs")
-    if Path(name).name != name or "\\" in name or not any(path.resolve().is_relative_to(home) for home in homes):
-        raise CheckpointError(f"{index}: names {name!r:.200}, which is not a file of its folder")
+    if not any(path.resolve().is_relative_to(home) for home in homes):
+        raise CheckpointError(f"{index}: names {name}, which is not a file of its folder")
     return path

@@ -81,6 +81,10 @@ def read_header(file: BinaryIO, size: int) -> Header:
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ must map names to text")
+    try:
+        "".join([*content, *metadata, *metadata.values()]).encode()
+    except UnicodeEncodeError:
+        raise ValueError("the header has half a character in a name or in its metadata") from None
     data = 8 + length
     entries = {name: _entry(name, value, data) for name, value in content.items()}
     _check_contiguous(entries, data, size)

@@ -11,8 +11,8 @@ from ldm.checkpoint.detect import OtherFamilyError
 from ldm.checkpoint.files import TORCH_DTYPES, StoredTensor, open_tensors
 from ldm.checkpoint.layouts import EMA, LABELS, POSITION_IDS, Part
 from ldm.checkpoint.names import VAE_ATTENTION_PLACES
-from ldm.checkpoint.sources import Checkpoint, open_checkpoint
-from ldm.errors import CheckpointError
+from ldm.checkpoint.sources import Checkpoint, find_sidecar_vae, open_checkpoint
+from ldm.errors import CheckpointError, printable
 
 VARIANTS = {4: "text to image", 8: "InstructPix2Pix", 9: "inpainting"}  # by the U-Net's input channels
 SHORT_HASH = 10  # digits of the sha256 that AUTOMATIC1111 shows
@@ -44,7 +44,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "ignored": _count_ignored(checkpoint),
         "unknown": sorted(name for contents in files for name in contents.unknown),
         "repaired": list(_repairs(checkpoint)),
-        "notes": list(checkpoint.notes),
+        "notes": [*checkpoint.notes, *_sidecars(path)],
         "metadata": dict(checkpoint.metadata),
     }
 
@@ -114,6 +114,11 @@ def _repairs(checkpoint: Checkpoint) -> Iterable[str]:
             yield f"VAE: {len(reshaped)} attention weights reshaped"
 
 
+def _sidecars(path: Path) -> Iterable[str]:
+    if path.is_file() and (vae := find_sidecar_vae(path)) is not None:
+        yield f"{vae.name} beside it will take the place of its VAE"
+
+
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
@@ -126,12 +131,16 @@ def to_text(report: Mapping[str, Any]) -> str:
         lines.append(f"  {label:<13} {text}")
 
     row("size", f"{report['bytes'] / 1e9:.2f} GB" if report["bytes"] >= 1e8 else f"{report['bytes'] / 1e6:.2f} MB")
-    if "tensors" in report:
+    if report.get("tensors"):
         row("holds", _summary(report))
     for name, part in report.get("parts", {}).items():
         row(
             LABELS[name],
-            f"{_summary(part)}, {part['names']} names" + (f", {part['prefix']}*" if part["prefix"] else ""),
+            ", ".join(
+                [_summary(part)]
+                + ([f"{part['names']} names"] if name != "text" else [])  # whose names are the same everywhere
+                + ([f"{part['prefix']}*"] if part["prefix"] else [])
+            ),
         )
         for problem in ("missing", "unexpected"):
             if names := part.get(problem):
@@ -153,7 +162,7 @@ def to_text(report: Mapping[str, Any]) -> str:
         if key in report:
             row(key, report[key])
     for key, value in report.get("metadata", {}).items():
-        row("metadata", f"{_printable(key)}: {_printable(value)}")
+        row("metadata", f"{printable(key)}: {printable(value)}")
     return "\n".join(lines)
 
 
@@ -163,10 +172,4 @@ def _summary(part: Mapping[str, Any]) -> str:
 
 
 def _list(names: list[str], most: int = 5) -> str:
-    return f"{len(names)}: " + ", ".join(map(_printable, names[:most])) + (", …" if len(names) > most else "")
-
-
-def _printable(text: str, most: int = 100) -> str:
-    """Text out of a file, which may hold anything: one line of it, without control characters."""
-    shown = text if text.isprintable() else ascii(text)
-    return shown if len(shown) <= most else f"{shown[:most]}…"
+    return f"{len(names)}: " + ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from reprlib import repr as brief
 from typing import Any
 
 from ldm.checkpoint import detect
 from ldm.checkpoint.files import StoredTensor, TensorFile
 from ldm.checkpoint.names import Row, text_names, unet_names, vae_attention_name, vae_names
 from ldm.config import SD_V1
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, printable
 
 LABELS = {"unet": "U-Net", "vae": "VAE", "text": "text encoder"}
 NAMES: dict[str, Callable[[Any], list[Row]]] = {"unet": unet_names, "vae": vae_names, "text": text_names}
@@ -41,9 +40,12 @@ class Part:
         label = LABELS[self.name]
         try:
             if self.json is not None:
-                return FROM_JSON[self.name](self.json, self.where)
-            shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
-            return replace(FROM_SHAPES[self.name](shapes, self.spelling, self.where), **self.hints)
+                config = FROM_JSON[self.name](self.json, self.where)
+            else:
+                shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
+                config = replace(FROM_SHAPES[self.name](shapes, self.spelling, self.where), **self.hints)
+            detect.check_limits(config, self.where)
+            return config
         except KeyError as error:
             missing = f"{self.prefix}{error.args[0]}"
             raise CheckpointError(f"{self.where}: the {label} is incomplete: {missing} is missing") from error
@@ -83,12 +85,14 @@ TEXT_LEVEL = "text_model."  # which some text encoders have below their prefix
 TEXT_PREFIX = r"(cond_stage_model\.transformer\.|text_encoder\.|te\.)?"
 
 # Tensors that are not needed, by reason.
-EMA, POSITION_IDS, MARKS = "EMA weights", "position ids", "marks of the prediction type"
+EMA, REPLACED = "EMA weights", "weights that the EMA weights replace"
+POSITION_IDS, MARKS = "position ids", "marks of the prediction type"
 IGNORED = {
     "noise schedule": r"betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|lvlb_weights|logvar"
     r"|posterior_(variance|log_variance_clipped|mean_coef[12])|denoiser\.(sigmas|log_sigmas)",
+    "EMA settings": r"model_ema\.(decay|num_updates)",
     EMA: r"model_ema\..*",
-    POSITION_IDS: r"(.*\.)?position_ids",
+    POSITION_IDS: TEXT_PREFIX + r"(text_model\.)?embeddings\.position_ids",
     MARKS: r"v_pred|ztsnr",
     "VAE training loss": r"(first_stage_model\.|vae\.)?loss\..*",
     "text projection": TEXT_PREFIX + r"(text_projection(\.weight)?|logit_scale)",
@@ -122,11 +126,10 @@ def read_layout(file: TensorFile, ema: bool = False) -> Contents:
         groups.setdefault(prefix, {})[name.removeprefix(prefix)] = tensor
     if (other := detect.family(file.tensors, detect.OTHER_FAMILIES)) is not None:
         raise detect.OtherFamilyError(other, where)
-    own_weights = any(PREFIXES.get(prefix) == "unet" for prefix in groups)
-    if EMA in ignored and (ema or not own_weights):
-        groups[EMA_FOR] = _ema_weights(where, ignored.pop(EMA), groups.get(EMA_FOR, {}))
-    elif ema:
+    if ema and EMA not in ignored:
         raise CheckpointError(f"{where}: holds no EMA weights; leave out --ema")
+    if EMA in ignored and (ema or not any(PREFIXES.get(prefix) == "unet" for prefix in groups)):
+        _use_ema(where, groups, ignored)
     unknown = groups.pop("", {})
     if not groups:
         groups, unknown = {"": unknown}, {}  # one network without a prefix
@@ -191,13 +194,21 @@ def _in_one_spelling(where: str, tensors: dict[str, StoredTensor], spelling: str
     return renamed
 
 
-def _ema_weights(where: str, ema: Mapping[str, StoredTensor], weights: Mapping[str, object]) -> dict[str, StoredTensor]:
-    """The EMA weights under the U-Net's names, whose dots they lack; SD v1's names where it has no weights itself."""
-    names = list(weights) or [key for row in unet_names(SD_V1.unet) for key in row.keys("compvis")]
+def _use_ema(
+    where: str, groups: dict[str, dict[str, StoredTensor]], ignored: dict[str, dict[str, StoredTensor]]
+) -> None:
+    """Move the EMA weights to the U-Net's names, whose dots they lack; SD v1's names where it has no weights itself."""
+    own, averages = groups.get(EMA_FOR, {}), ignored[EMA]
+    names = list(own) or [key for row in unet_names(SD_V1.unet) for key in row.keys("compvis")]
     without_dots = {name: "model_ema.diffusion_model" + name.replace(".", "") for name in names}
-    if lacking := [name for name in weights if without_dots[name] not in ema]:
+    if lacking := [name for name in own if without_dots[name] not in averages]:
         raise CheckpointError(f"{where}: its EMA weights lack {describe(lacking)}; leave out --ema")
-    return {name: ema[dotless] for name, dotless in without_dots.items() if dotless in ema}
+    if found := {name: averages.pop(dotless) for name, dotless in without_dots.items() if dotless in averages}:
+        groups[EMA_FOR] = found
+    if own:
+        ignored[REPLACED] = {EMA_FOR + name: tensor for name, tensor in own.items()}
+    if not averages:
+        del ignored[EMA]
 
 
 def _not_a_model(file: TensorFile) -> CheckpointError:
@@ -211,5 +222,5 @@ def _not_a_model(file: TensorFile) -> CheckpointError:
 
 def describe(names: list[str], most: int = 3) -> str:
     """A list of tensor names, the first few of them in full: names are the file's, and may be anything."""
-    shown = ", ".join(name if name.isprintable() and len(name) < 200 else brief(name) for name in sorted(names)[:most])
+    shown = ", ".join(printable(name, 200) for name in sorted(names)[:most])
     return f"{len(names)} tensors ({shown}{', …' if len(names) > most else ''})"

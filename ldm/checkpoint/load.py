@@ -17,7 +17,6 @@ from ldm.checkpoint.sources import Checkpoint, Choices, open_checkpoint
 from ldm.checkpoint.vocabulary import load_tokenizer
 from ldm.checkpoint.writing import is_finite
 from ldm.config import SD_V1, ModelConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.diffusion import NoiseSchedule
 from ldm.errors import CheckpointError
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
@@ -66,7 +65,6 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
     else:
         image_size = SD_V1.image_size
     try:
-        NoiseSchedule(checkpoint.schedule)
         return ModelConfig(**configs, schedule=checkpoint.schedule, image_size=image_size)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: its parts do not make a model: {error}") from error

@@ -13,8 +13,9 @@ from ldm.checkpoint.files import TensorFile, open_tensors, parse_json, read_json
 from ldm.checkpoint.folders import EXTRAS, FOLDERS, is_component, open_component
 from ldm.checkpoint.layouts import LABELS, MARKS, Contents, Part, describe, read_extras, read_layout
 from ldm.config import ScheduleConfig
+from ldm.diffusion import NoiseSchedule
 from ldm.diffusion.prediction import PREDICTION_TYPES
-from ldm.errors import CheckpointError, RequestError
+from ldm.errors import CheckpointError, RequestError, printable
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 CONFIG_KEY, TOKENIZER_KEY = "ldm.config", "ldm.tokenizer"
 MODELSPEC_KEY = "modelspec.prediction_type"  # https://github.com/Stability-AI/ModelSpec
 SCHEDULER_CONFIG = "scheduler_config.json"
+MODEL_FOLDERS = {*FOLDERS.values(), "scheduler", "tokenizer"}
 VAE_SIDECARS = (".vae.safetensors", ".vae.pt", ".vae.ckpt")
 
 
@@ -78,7 +80,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, choices: Choices = Choices(), sidecar_vae: bool = True) -> Checkpoint:
-    """Find the networks at `path`, a file or a folder. Raises CheckpointError for what is not an SD v1.x model."""
+    """Find the networks at `path`, a file or a folder; a VAE beside a single file only counts with `sidecar_vae`.
+
+    Raises CheckpointError for what is not an SD v1.x model.
+    """
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; give the path of a model on this machine")
     if path.is_dir():
@@ -107,11 +112,15 @@ def _with_part(checkpoint: Checkpoint, name: str, path: Path) -> Checkpoint:
 def _with_sidecar_vae(checkpoint: Checkpoint) -> Checkpoint:
     """With the VAE that lies beside a single file under its name, as other programs have it too."""
     path = checkpoint.path
-    sidecar = next((p for p in map(path.with_suffix, VAE_SIDECARS) if p.is_file()), None)
+    sidecar = find_sidecar_vae(path)
     if sidecar is None or "unet" not in checkpoint.parts:
         return checkpoint
     note = f"{path}: its VAE is taken from {sidecar.name}"
     return replace(_with_part(checkpoint, "vae", sidecar), notes=(*checkpoint.notes, note))
+
+
+def find_sidecar_vae(path: Path) -> Path | None:
+    return next((p for p in map(path.with_suffix, VAE_SIDECARS) if p.is_file()), None)
 
 
 def _open_tensors(path: Path, file: TensorFile, choices: Choices) -> Checkpoint:
@@ -119,8 +128,8 @@ def _open_tensors(path: Path, file: TensorFile, choices: Choices) -> Checkpoint:
     contents = read_layout(file, choices.ema)
     beside = _Beside(file, contents)
     parts = {name: beside.configured(part) for name, part in contents.parts.items()}
-    schedule, reason = _schedule(beside.schedules(), choices) if "unet" in parts else (ScheduleConfig(), "")
-    notes = (f"{file.path}: left out, training state: {', '.join(file.others)[:200]}",) if file.others else ()
+    schedule, reason = _schedule(path, beside.schedules(), choices) if "unet" in parts else (ScheduleConfig(), "")
+    notes = (f"{file.path}: left out, training state: {printable(', '.join(file.others), 200)}",) if file.others else ()
     return Checkpoint(
         path, parts, schedule, reason, beside.tokenizer(), file.metadata, {str(file.path): contents}, notes=notes
     )
@@ -185,7 +194,9 @@ def _open_folder(path: Path, choices: Choices) -> Checkpoint:
             f"{path}: a folder without model_index.json; expected a diffusers model, or give one file"
         )
     if choices.ema:
-        raise CheckpointError(f"{path}: a folder in diffusers' layout holds no EMA weights; leave out --ema")
+        raise CheckpointError(
+            f"{path}: EMA weights are taken from single files only; leave out --ema, or convert this to one first"
+        )
     folders = {name: path / folder for name, folder in FOLDERS.items() if (path / folder).is_dir()}
     opened = {name: _open_tensors(folder, open_component(folder), choices) for name, folder in folders.items()}
     scheduler = path / "scheduler" / SCHEDULER_CONFIG
@@ -194,7 +205,11 @@ def _open_folder(path: Path, choices: Choices) -> Checkpoint:
     contents = {where: found for component in opened.values() for where, found in component.contents.items()}
     if (path / EXTRAS).is_file():
         contents[str(path / EXTRAS)] = read_extras(open_tensors(path / EXTRAS))
-    schedule, reason = _schedule([(scheduler.name, _from_scheduler(read_json(scheduler), str(scheduler)))], choices)
+    notes = [note for component in opened.values() for note in component.notes]
+    if surplus := sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in MODEL_FOLDERS):
+        notes.append(f"{path}: not read: {printable(', '.join(surplus), 200)}")
+    told = _from_scheduler(read_json(scheduler), str(scheduler))
+    schedule, reason = _schedule(path, [(scheduler.name, told)], choices)
     return Checkpoint(
         path,
         {name: component.part(name) for name, component in opened.items()},
@@ -203,11 +218,11 @@ def _open_folder(path: Path, choices: Choices) -> Checkpoint:
         path / "tokenizer" if (path / "tokenizer").is_dir() else None,
         opened["unet"].metadata if "unet" in opened else {},
         contents,
-        notes=tuple(note for component in opened.values() for note in component.notes),
+        notes=tuple(notes),
     )
 
 
-def _schedule(sources: list[tuple[str, dict[str, Any]]], choices: Choices) -> tuple[ScheduleConfig, str]:
+def _schedule(path: Path, sources: list[tuple[str, dict[str, Any]]], choices: Choices) -> tuple[ScheduleConfig, str]:
     """The schedule that the sources tell, a later one before an earlier, and which of them told the prediction type."""
     asked = {name: getattr(choices, name) for name in ("prediction_type", "zero_terminal_snr")}
     values: dict[str, Any] = {}
@@ -216,7 +231,12 @@ def _schedule(sources: list[tuple[str, dict[str, Any]]], choices: Choices) -> tu
         values |= told
         if "prediction_type" in told:
             reason = source
-    return ScheduleConfig(**values), reason
+    schedule = ScheduleConfig(**values)
+    try:
+        NoiseSchedule(schedule)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its noise schedule cannot be: {error}") from error
+    return schedule, reason
 
 
 def _from_marks(contents: Contents) -> dict[str, Any]:

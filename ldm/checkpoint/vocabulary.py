@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint.detect import Json
-from ldm.checkpoint.files import first_line, read_json, read_text
+from ldm.checkpoint.files import MAX_TEXT_BYTES, first_line, read_json, read_text
 from ldm.config import TextConfig
 from ldm.errors import CheckpointError
 from ldm.models.tokenizer import SPECIAL_TOKENS, Merge, build_tokenizer, shipped_vocabulary
@@ -21,7 +21,7 @@ def load_tokenizer(source: Path | Json | None, config: TextConfig, where: Path) 
     if len(vocabulary) != config.vocab_size:
         raise CheckpointError(
             f"{where}: the text encoder knows {config.vocab_size} tokens, the tokenizer {len(vocabulary)}; "
-            "copy the model's tokenizer folder beside it"
+            "give the text_encoder folder that lies beside its tokenizer with --text-encoder"
         )
     try:
         return build_tokenizer(vocabulary, merges, config.max_length)
@@ -50,8 +50,8 @@ def _read_files(folder: Path) -> tuple[Any, Any]:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         lines = read_text(folder / "merges.txt").split("\n")
         pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-        return read_json(folder / "vocab.json"), pairs
-    return _read_tables(read_json(folder / "tokenizer.json"))
+        return read_json(folder / "vocab.json", MAX_TEXT_BYTES), pairs
+    return _read_tables(read_json(folder / "tokenizer.json", MAX_TEXT_BYTES))
 
 
 def _read_tables(json: Json) -> tuple[Any, Any]:

@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it at exit)
         return EXIT_FAILURE
     except OSError as error:
-        print(f"ldm: {': '.join(str(part) for part in (error.filename, error.strerror) if part)}", file=sys.stderr)
+        told = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+        print(f"ldm: {told or error}", file=sys.stderr)
         return EXIT_FAILURE
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -190,7 +190,9 @@ def _first_requests(args: argparse.Namespace) -> list[Request]:
     tags = [tag for request in requests for tag in split_loras(request.prompt)[1]]
     for path in [*(path for path, _, _ in args.lora), *args.embedding]:
         if not path.is_file():
-            raise CheckpointError(f"{path}: no such file")
+            file, _, strength = str(path).rpartition(":")
+            hint = f"; {strength!r} is no strength of {file}: use numbers" if Path(file).is_file() else ""
+            raise CheckpointError(f"{path}: no such file{hint}")
     find_loras((tag.name for tag in tags), args.lora_dir, [path.stem for path, _, _ in args.lora])
     return [replace(request, seed=request.seeds()[0]) for request in requests]
 

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ldm.config import DTYPES
 from ldm.errors import RequestError
-
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-}
 
 
 def pick_device(name: str | torch.device) -> torch.device:
@@ -40,7 +32,7 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
     if name not in DTYPES:
         raise RequestError(f"dtype is {name!r}: use auto or one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return getattr(torch, DTYPES[name])
 
 
 def cpu_computes_bfloat16() -> bool:
