@@ -217,8 +217,8 @@ def test_txt2img_and_img2img_offline(full_size_fp16, tmp_path):
         assert "left out, not needed: noise schedule (12 tensors)" in done.stderr
         return Path(done.stdout.strip())
 
-    first = run("txt2img", "-p", "a horse", "-n", "a cow", "--steps", 4, "--seed", 1)
-    second = run("img2img", "-p", "a horse", "--steps", 4, "--strength", 0.5, "--seed", 1, "--init-img", first)
+    first = run("txt2img", "-p", "a horse", "-n", "a cow", "--steps", 1, "--seed", 1)
+    second = run("img2img", "-p", "a horse", "--steps", 2, "--strength", 0.5, "--seed", 1, "--init-img", first)
     for path in (first, second):
         with Image.open(path) as image:
             assert image.format == "PNG"

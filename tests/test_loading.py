@@ -136,7 +136,7 @@ def test_what_is_left_out_is_counted_by_reason(tiny, tmp_path, caplog):
     with caplog.at_level("INFO", logger="ldm"):
         unet = load_unet(path, TINY_UNET)
         open_checkpoint(path).report()
-    assert "EMA weights (2 tensors)" in caplog.text
+    assert "EMA weights (1 tensors)" in caplog.text
     assert "VAE training loss (1 tensors)" in caplog.text
     assert same_weights(unet, load_unet(save(tiny, tmp_path / "n.safetensors"), TINY_UNET))
 
@@ -351,7 +351,7 @@ def test_absent_parts_are_named(tiny_path):
         (b"hello, I am a text file\n" * 9, "not a readable .safetensors file"),
         (b"\xff" * 64, "not a readable .safetensors file"),
         (b"PK\x03\x04 not really a zip", "not a readable .safetensors file"),
-        (b"\x80\x04\x95 not really a pickle", "damaged or holds more than tensors"),
+        (b"\x80\x04\x95 not really a pickle", "a pickle under the name of a safer format"),
         ((2).to_bytes(8, "little") + b"{}", "holds no tensors"),
         ((2).to_bytes(8, "little") + b"[]", "not a readable .safetensors file"),
         ((1 << 40).to_bytes(8, "little") + b"{}", "not a readable .safetensors file"),
@@ -399,13 +399,13 @@ def test_pickles_run_no_code(tmp_path, capsys):
         ("unet/config.json", {"block_out_channels": [64, 10**9, 1]}, "list of 1 to 8 whole numbers"),
         ("unet/config.json", {"block_out_channels": [64, 100, 192]}, "not multiples of the first"),
         ("unet/config.json", {"norm_num_groups": 7}, "norm_groups is 7, which does not divide"),
-        ("unet/config.json", {"layers_per_block": True}, "whole number from 1 to 64"),
+        ("unet/config.json", {"layers_per_block": True}, "a whole number from 1 to"),
         ("unet/config.json", {"up_block_types": ["UpBlock2D"] * 3}, "the mirror of down_block_types"),
         ("unet/config.json", {"down_block_types": ["AttnDownBlock2D"] * 3}, "CrossAttnDownBlock2D"),
         ("unet/config.json", {"in_channels": 9}, "of the wrong shape"),
         ("vae/config.json", {"scaling_factor": "big"}, "a positive number"),
         ("vae/config.json", {"shift_factor": 0.1}, "only None is supported"),
-        ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "whole number from 1 to 256"),
+        ("text_encoder/config.json", {"num_hidden_layers": 65}, "layers is 65; only 1 to 64 is supported"),
         ("text_encoder/config.json", {"hidden_act": "relu"}, "quick_gelu or gelu"),
         ("text_encoder/config.json", {"hidden_size": 64}, "the U-Net attends to 128 channels, the text has 64"),
         ("vae/config.json", {"latent_channels": 8}, "the VAE reads 8"),
