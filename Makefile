@@ -24,4 +24,5 @@ lint: .venv/dev
 
 .venv/dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt k-diffusion  # whose samplers need little of it
 	@touch $@

@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from ldm.errors import ImageError
+from ldm.errors import ImageError, printable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # decoders with no programs behind them
 
+SMALLEST_FONT, LARGEST_FONT = 14, 48  # pixels, of the labels on a contact sheet; between, a 24th of a picture's width
+LABEL_LENGTH = 40  # characters
+LABEL_GAP = 4  # pixels around a label
 
-def load_image(source: str | Path | Image.Image) -> Image.Image:
-    """An RGB image, upright (EXIF), transparent parts over white. Raises ImageError."""
+
+def load_image(source: str | Path | Image.Image, background: str = "white") -> Image.Image:
+    """An RGB image, upright (EXIF), transparent parts over the background. Raises ImageError."""
     name = "the image" if isinstance(source, Image.Image) else source
     try:
         image = ImageOps.exif_transpose(source if isinstance(source, Image.Image) else open_image(source))
@@ -27,7 +33,7 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
         if image.mode in ("I", "F"):
             raise ImageError(f"{name}: pixels of 32 bits have no agreed range; save it with 8 or 16")
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return image.convert("RGB")
     except ImageError:
         raise
@@ -68,4 +74,40 @@ def grid(images: Sequence[Image.Image]) -> Image.Image:
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def contact_sheet(
+    images: Sequence[Image.Image], column_labels: Sequence[str], row_labels: Sequence[str]
+) -> Image.Image:
+    """A white table of RGB images, given row by row, with a label over each column and one beside each row.
+
+    A column is as wide as its widest image or its label, a row as high as its highest image or a line of text; images
+    are centred in them. Labels are shortened to LABEL_LENGTH characters; if all of a side are empty, it takes no room.
+    Pillow's own font has the letters of ASCII, and a box for any other.
+    """
+    columns, rows = (
+        [printable(" ".join(text.split()), LABEL_LENGTH) for text in labels] for labels in (column_labels, row_labels)
+    )
+    table = [images[i : i + len(columns)] for i in range(0, len(images), len(columns))]
+    font = ImageFont.load_default(min(max(images[0].width // 24, SMALLEST_FONT), LARGEST_FONT))
+    length = {text: math.ceil(font.getlength(text)) + 2 * LABEL_GAP for text in (*columns, *rows)}
+    line = math.ceil(font.getbbox("Ag")[3]) + 2 * LABEL_GAP
+    widths = [
+        max(length[text], *(image.width for image in column))
+        for text, column in zip(columns, zip(*table, strict=True), strict=True)
+    ]
+    heights = [max(line, *(image.height for image in row)) for row in table]
+    lefts = list(accumulate(widths, initial=max(length[text] for text in rows) if any(rows) else 0))
+    tops = list(accumulate(heights, initial=line if any(columns) else 0))
+
+    sheet = Image.new("RGB", (lefts[-1], tops[-1]), "white")
+    write = partial(ImageDraw.Draw(sheet).text, fill="black", font=font, anchor="mm")
+    for text, left, width in zip(columns, lefts, widths, strict=False):
+        write((left + width / 2, tops[0] / 2), text)
+    for text, top, height in zip(rows, tops, heights, strict=False):
+        write((lefts[0] / 2, top + height / 2), text)
+    for row, top, height in zip(table, tops, heights, strict=False):
+        for image, left, width in zip(row, lefts, widths, strict=False):
+            sheet.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
     return sheet

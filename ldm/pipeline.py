@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,24 +19,33 @@ from ldm.adapters.handle import Handle
 from ldm.adapters.lora import read_lora
 from ldm.adapters.merge import Adapters, Dose
 from ldm.adapters.textual_inversion import Embeddings, read_embedding
+from ldm.canvas import Fitted, Source, multiples, open_canvas
 from ldm.checkpoint import load_model
 from ldm.checkpoint.sources import Choices
+from ldm.codec import Codec
+from ldm.conditioning import encode_prompt
 from ldm.config import ModelConfig
-from ldm.diffusion import Denoise, Level, NoiseSchedule, Step, samplers
-from ldm.diffusion.guidance import guide_batched, guide_split
-from ldm.diffusion.prediction import denoiser
-from ldm.errors import CheckpointError, NumericalError, RequestError
-from ldm.images import load_image, to_image, to_tensor
+from ldm.diffusion import Increment, Level, NoiseSchedule, Step, samplers
+from ldm.diffusion.inpainting import keep_known
+from ldm.editing import latent_mask
+from ldm.errors import CheckpointError, RequestError
+from ldm.images import to_image, to_tensor
+from ldm.models.taesd import TAESD
 from ldm.models.text import TextEncoder
-from ldm.models.unet import KeyValue, UNet
+from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.preview import Preview, find_preview, load_taesd
 from ldm.prompt import split_loras
 from ldm.request import DEFAULT_STRENGTH, SIZE_MULTIPLE, Request
 from ldm.runtime.device import pick_device, pick_dtype
-from ldm.runtime.memory import first_that_fits
-from ldm.runtime.noise import seeded_noise
+from ldm.runtime.noise import brownian_noise, seeded_noise
+from ldm.sampling import Conditions, Predictor, guided
+from ldm.trajectory import second_pass, trajectory, whole_grid
 
 log = logging.getLogger(__name__)
+
+OF_A_MASK = ("mask_blur", "fill", "only_masked", "mask_padding")
+OF_HIRES = ("hires_steps", "hires_strength", "hires_upscaler")
 
 
 def shipped_model() -> Path:
@@ -61,6 +69,9 @@ class StableDiffusion:
     device: torch.device
     dtype: torch.dtype
     lora_folders: tuple[Path, ...] = ()  # where the LoRAs are that prompts name
+    latent_preview: Preview | None = field(default=None, repr=False)
+    taesd: TAESD | None = field(default=None, repr=False)  # decodes previews, where there is one,
+    taesd_finals: bool = False  # and the pictures themselves
 
     @classmethod
     def load(
@@ -77,6 +88,8 @@ class StableDiffusion:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         lora_folders: str | Path | Sequence[str | Path] = (),
+        taesd: str | Path | None = None,
+        taesd_finals: bool = False,
     ) -> StableDiffusion:
         """From a single file or a diffusers folder; the shipped model where no path is given.
 
@@ -85,8 +98,12 @@ class StableDiffusion:
         to rescale the noise schedule so that it ends at pure noise; None leaves both to what the file tells.
         allow_nonfinite: load weights that are NaN or infinite. config: overrides all that the file tells (single files
         do not tell the number of heads). device: auto, cpu, cuda, cuda:N, mps. dtype: auto, float32, float16, bfloat16.
-        lora_folders: where to look for the LoRAs that prompts name. Raises CheckpointError and RequestError.
+        lora_folders: where to look for the LoRAs that prompts name. taesd: a file of TAESD's decoder, for previews;
+        taesd_finals: and for the pictures themselves, in a fraction of the VAE's time, less exactly. Raises
+        CheckpointError and RequestError.
         """
+        if taesd_finals and taesd is None:
+            raise RequestError("taesd_finals needs taesd: give the file of its decoder")
         choices = Choices(vae, text_encoder, ema, prediction_type, zero_terminal_snr)
         where = pick_device(device)
         precision = pick_dtype(dtype, where)
@@ -96,44 +113,90 @@ class StableDiffusion:
         model = load_model(path, config, choices, device=where, dtype=precision, allow_nonfinite=allow_nonfinite)
         name = path.resolve().name if path.is_dir() else path.stem
         folders = [lora_folders] if isinstance(lora_folders, str | Path) else lora_folders
-        return cls(model.unet, model.vae, model.text, model.config, name, where, precision, tuple(map(Path, folders)))
+        small = None if taesd is None else load_taesd(taesd).to(where)
+        return cls(
+            model.unet, model.vae, model.text, model.config, name, where, precision, tuple(map(Path, folders)),
+            find_preview(path, model.config.vae), small, taesd_finals,
+        )  # fmt: skip
 
     def txt2img(self, prompt: str, **fields: Any) -> list[Image.Image]:
         """Pictures of a prompt; `fields` are those of Request. Raises RequestError, NumericalError."""
         return self.generate(Request(prompt=prompt, **fields))
 
     def img2img(
-        self, prompt: str, image: str | Path | Image.Image, strength: float = DEFAULT_STRENGTH, **fields: Any
+        self, prompt: str, image: Source, strength: float = DEFAULT_STRENGTH, **fields: Any
     ) -> list[Image.Image]:
         """Pictures that start from `image`; `strength` is how much of it to replace, 0 to 1.
 
-        As in the reference, int(strength · steps) steps are run. Raises RequestError, ImageError, NumericalError.
+        As in the reference, int(strength · steps) steps are run; all of them with exact_steps. Raises RequestError,
+        ImageError, NumericalError.
         """
         return self.generate(Request(prompt=prompt, strength=strength, **fields), image)
 
-    def generate(
-        self, request: Request, image: str | Path | Image.Image | None = None, progress: bool = False
+    def inpaint(
+        self, prompt: str, image: Source, mask: Source | None = None, strength: float = 1.0, **fields: Any
     ) -> list[Image.Image]:
-        """The pictures of a request, from an initial image if it has a strength; `progress` draws a bar on stderr."""
-        with self.adapters.prompted(self._doses(request)):
-            latents, levels, steps = self._sampling(request, image)
-            for step in tqdm(steps, total=len(levels) - 1, unit="step", disable=not progress):
-                latents = step.x
-        return self.decode(latents)
+        """Pictures that differ from `image` where `mask` is white, and in what outpainting adds.
 
-    def stream(self, request: Request, image: str | Path | Image.Image | None = None) -> Iterator[Step]:
-        """The steps of a request as they are made; `step.x` and `step.x0` are latents for `decode`.
+        Pixels that are black in the mask after it is softened by mask_blur are those of the image, bit for bit. Raises
+        RequestError, ImageError, NumericalError.
+        """
+        return self.generate(Request(prompt=prompt, strength=strength, **fields), image, mask)
+
+    def generate(
+        self,
+        request: Request,
+        image: Source | None = None,
+        mask: Source | None = None,
+        *,
+        progress: bool = False,
+        watch: Callable[[Step], object] | None = None,
+    ) -> list[Image.Image]:
+        """The pictures of a request, from an initial image if it has a strength.
+
+        progress: draw a bar on stderr. watch: is called with each step. Raises RequestError, ImageError,
+        NumericalError.
+        """
+        request, fitted = self._prepare(request, image, mask)
+        self._warn(request, fitted)
+        with self.adapters.prompted(self._doses(request)):
+            walk = self._walk(request, fitted)
+            with tqdm(total=self.steps_to_run(request), unit="step", disable=not progress) as bar:
+                while True:
+                    try:
+                        step = next(walk)
+                    except StopIteration as stop:
+                        latents = stop.value
+                        break
+                    bar.update()
+                    if watch is not None:
+                        watch(step)
+        return [fitted.finish(picture) for picture in self.decode(latents, request.tiling)]
+
+    def stream(self, request: Request, image: Source | None = None, mask: Source | None = None) -> Iterator[Step]:
+        """The steps of a request as they are made; `step.x` and `step.x0` are latents for `decode` and `preview`.
 
         LoRAs that the prompt names are in the weights from the first step to the last, or until the iterator is closed.
         """
-        picture = None if image is None else load_image(image)
-        self.resolve(request, picture)  # its faults are found here, not at the first step
+        request, fitted = self._prepare(request, image, mask)  # its faults are found here, not at the first step
+        self._warn(request, fitted)
 
         def steps(doses: list[Dose]) -> Iterator[Step]:
             with self.adapters.prompted(doses):
-                yield from self._sampling(request, picture)[2]
+                yield from self._walk(request, fitted)
 
         return steps(self._doses(request))
+
+    def preview(self, step: Step) -> Image.Image:
+        """What the first image of a batch will be, as far as a step tells; of full size where TAESD decodes."""
+        if self.taesd is not None:
+            with torch.no_grad():
+                return to_image(self.taesd(step.x0[:1])[0])
+        if self.latent_preview is None:
+            raise RequestError(
+                f"{self.name}: how its latents look is not known: load it with taesd, or fit a preview.json"
+            )
+        return self.latent_preview.project(step.x0[0])
 
     def load_lora(
         self,
@@ -178,19 +241,24 @@ class StableDiffusion:
         loras = self.adapters.loaded | {name: read_lora(path, self.unet, self.text) for name, path in files.items()}
         return [Dose(loras[tag.name], tag.unet, tag.text) for tag in tags]
 
+    def complete(self, request: Request, image: Source | None = None, mask: Source | None = None) -> Request:
+        """The request with a size and a seed, as `generate` makes it of the same arguments. Raises as that does."""
+        return self._prepare(request, image, mask)[0]
+
     def resolve(self, request: Request, image: Image.Image | None = None) -> Request:
         """The request with a size and a seed. Raises RequestError for what this model cannot do.
 
         A side that is not given is the model's, or the initial image's; given the other, it keeps the image's shape.
         """
-        if (image is None) != (request.strength is None):
+        if self.edits and image is None:
+            raise RequestError(f"{self.name} edits pictures: give an initial image")
+        if (image is None) != (request.strength is None) and not self.edits:
             raise RequestError("strength and an initial image go together: give both or neither")
         if request.steps > self.config.schedule.timesteps:
             raise RequestError(f"steps is {request.steps}: this model has {self.config.schedule.timesteps} at most")
-        if self.config.unet.in_channels != self.config.vae.latent_channels:
+        if self.config.unet.in_channels - self.config.vae.latent_channels not in (0, *self._channels_beside.values()):
             raise RequestError(
-                f"{self.name} takes {self.config.unet.in_channels} channels, for inpainting or editing: "
-                f"use a model that takes {self.config.vae.latent_channels}"
+                f"{self.name} takes {self.config.unet.in_channels} channels, which no kind of model does that is known"
             )
         width, height = (self.config.image_size,) * 2 if image is None else image.size
         if image is not None and (request.width is None) != (request.height is None):
@@ -200,64 +268,144 @@ class StableDiffusion:
             raise RequestError(
                 f"the image would have {width}×{height} pixels: use one of {SIZE_MULTIPLE} or more a side"
             )
-        return replace(
-            request,
-            seed=request.seeds()[0],
-            width=request.width or width - width % SIZE_MULTIPLE,
-            height=request.height or height - height % SIZE_MULTIPLE,
-        )
+        width, height = multiples((width, height))
+        return replace(request, seed=request.seeds()[0], width=request.width or width, height=request.height or height)
+
+    @property
+    def _channels_beside(self) -> dict[str, int]:
+        """What models of other kinds see beside the latents: a mask and the masked image, or the image to edit."""
+        return {"inpaints": 1 + self.config.vae.latent_channels, "edits": self.config.vae.latent_channels}
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether this is an inpainting model, whose U-Net sees mask and masked image: 9 channels."""
+        return self.config.unet.in_channels == self.config.vae.latent_channels + self._channels_beside["inpaints"]
+
+    @property
+    def edits(self) -> bool:
+        """Whether this is InstructPix2Pix, whose U-Net sees the initial image: 8 channels."""
+        return self.config.unet.in_channels == self.config.vae.latent_channels + self._channels_beside["edits"]
 
     def grid_length(self, request: Request) -> int:
         """How many steps a whole run of the request's sampler has, which may be more than were asked for."""
-        return len(samplers.levels(request.sampler, self.schedule, request.steps)) - 1
+        return len(whole_grid(request, self.schedule)) - 1
+
+    def steps_to_run(self, request: Request) -> int:
+        """How many steps a request runs, those of a second pass included."""
+        passes = [request, *([second_pass(request)] if request.hires_scale > 1 else [])]
+        return sum(len(self.levels(each)) - 1 for each in passes)
 
     def levels(self, request: Request) -> list[Level]:
         """The noise levels a request goes through, the one it ends at included: one more than the steps it runs."""
-        return self._trajectory(request)[1]
+        return trajectory(request, self.schedule)[1]
 
-    def _trajectory(self, request: Request) -> tuple[Level, list[Level]]:
-        """The level to noise an initial image to, and the levels to denoise through.
-
-        The reference runs the last int(strength · steps) steps, from an image noised to the level before the first
-        of them (where there is one).
-        """
-        levels = samplers.levels(request.sampler, self.schedule, request.steps)
-        if request.strength is None:
-            return levels[0], levels
-        first = max(len(levels) - 1 - int(request.strength * request.steps), 0)
-        return levels[max(first - 1, 0)], levels[first:]
+    def _latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        side = self.config.vae.downsampling
+        return self.config.vae.latent_channels, height // side, width // side
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
         return NoiseSchedule(self.config.schedule)
 
-    def _sampling(
-        self, request: Request, source: str | Path | Image.Image | None
-    ) -> tuple[Tensor, list[Level], Iterator[Step]]:
-        """Where a request starts, the levels it goes through, and its steps."""
-        image = None if source is None else load_image(source)
-        request = self.resolve(request, image)
+    def _prepare(self, request: Request, image: Source | None, mask: Source | None) -> tuple[Request, Fitted]:
+        """The request, complete, and what it starts from. Raises RequestError and ImageError."""
+        canvas = open_canvas(request, image, mask)
+        request = self.resolve(request, canvas.picture)
         assert request.width is not None and request.height is not None
-        if request.width * request.height > 4 * self.config.image_size**2:
+        if request.hires_scale > 1 and canvas.mask is not None:
+            raise RequestError("hires_scale and a mask do not go together: use only_masked for a larger size")
+        if request.hires_scale > 1:
+            second_pass(request)  # which may be too large
+        return request, canvas.fitted(request)
+
+    def _warn(self, request: Request, fitted: Fitted) -> None:
+        """Tell what takes long, and what is asked for and does nothing here."""
+        last = second_pass(request) if request.hires_scale > 1 else request
+        assert last.width is not None and last.height is not None
+        if last.width * last.height > 4 * self.config.image_size**2:
             log.warning(
                 "%d×%d pixels are many for a model trained at %d×%d: a smaller width or height is faster",
-                *(request.width, request.height, self.config.image_size, self.config.image_size),
+                *(last.width, last.height, self.config.image_size, self.config.image_size),
             )
-        start, levels = self._trajectory(request)
-        side = self.config.vae.downsampling
-        shape = (self.config.vae.latent_channels, request.height // side, request.width // side)
-        noise = seeded_noise(request.seeds(), shape, self.device)
-        if image is None:
-            x = noise()
+        if request.cfg_scale == 1 and request.negative_prompt:
+            log.warning("the negative prompt has no effect at cfg_scale 1")
+        default = Request("")
+        for wanting, names in {
+            "a mask": OF_A_MASK if fitted.mask is None else (),
+            "a model that edits pictures": () if self.edits else ("image_cfg_scale",),
+            "hires_scale": OF_HIRES if request.hires_scale == 1 else (),
+            "variation_strength": () if request.variation_strength else ("variation_seed",),
+        }.items():
+            if idle := [name for name in names if getattr(request, name) != getattr(default, name)]:
+                log.warning("without effect, for want of %s: %s", wanting, ", ".join(idle))
+
+    def _walk(self, request: Request, fitted: Fitted) -> Generator[Step, None, Tensor]:
+        """The steps of both passes, or of the one there is; answers with the latents at the end."""
+        latents = None if fitted.picture is None else self.encode(fitted.picture, request.tiling)
+        latents = yield from self._pass(request, fitted, latents if request.strength is not None else None)
+        if request.hires_scale > 1:
+            second = second_pass(request)
+            assert second.width is not None and second.height is not None
+            larger = Fitted(fitted.picture and fitted.picture.resize((second.width, second.height)))
+            latents = yield from self._pass(
+                second, larger, self._enlarge(latents, second), done=self.grid_length(request)
+            )
+        return latents
+
+    def _enlarge(self, latents: Tensor, request: Request) -> Tensor:
+        """Latents at the size of a request: interpolated, or encoded from enlarged pictures."""
+        assert request.width is not None and request.height is not None
+        if request.hires_upscaler == "latent":
+            size = self._latent_shape(request.width, request.height)[1:]
+            return torch.nn.functional.interpolate(latents, size, mode="bilinear")
+        pictures = (
+            picture.resize((request.width, request.height), Image.Resampling.LANCZOS)
+            for picture in self.decode(latents, request.tiling)
+        )
+        return torch.cat([self.encode(picture, request.tiling) for picture in pictures])
+
+    def _pass(
+        self, request: Request, fitted: Fitted, latents: Tensor | None, done: int = 0
+    ) -> Generator[Step, None, Tensor]:
+        """One run of the sampler, from noise or from clean latents (1 or b, 4, h, w), after `done` steps of another."""
+        assert request.width is not None and request.height is not None
+        start, levels = trajectory(request, self.schedule)
+        noise = seeded_noise(
+            request.seeds(), self._latent_shape(request.width, request.height), self.device, source=request.noise,
+            variation_seeds=request.variation_seeds(), variation_strength=request.variation_strength,
+            seed_shape=self._latent_shape(request.seed_width or request.width, request.seed_height or request.height),
+        )  # fmt: skip
+        x = noise()
+        mask = None if fitted.mask is None else latent_mask(fitted.mask, (x.shape[-2], x.shape[-1])).to(self.device)
+        if latents is None:
+            x = samplers.start(request.sampler, x, levels[0])
         else:
-            x = self.encode(image.resize((request.width, request.height), Image.Resampling.LANCZOS))
-            x = x.expand(request.batch_size, -1, -1, -1)
-            if len(levels) > 1:
-                x = start.add_noise(x, noise())
-            else:
-                log.warning("strength %s of %d steps is less than one: none is run", request.strength, request.steps)
-        steps = samplers.run(request.sampler, self._denoiser(request, levels), x, levels, noise, request.eta)
-        return x, levels, self._of_one_model(steps, self.adapters.active)
+            _tell_steps(request, len(levels) - 1)
+            filled = latents = latents.expand_as(x)
+            if mask is not None and request.fill == "noise" and len(levels) > 1:
+                filled = latents + mask * (noise() - latents)
+            x = start.add_noise(filled, x) if len(levels) > 1 else latents
+        predictor = Predictor(self.unet, self.config.schedule.prediction_type, levels, request.tiling)
+        conditions = self._conditions(request, fitted, mask, done)
+        denoise = guided(predictor, conditions, request, levels)
+        if mask is not None and latents is not None and not self.inpaints:
+            denoise = keep_known(denoise, latents, mask)
+        increment = self._brownian(request) if request.brownian else None
+        steps = samplers.run(request.sampler, denoise, x, levels, noise, self.schedule, request.eta, increment)
+        for step in self._of_one_model(steps, self.adapters.active):
+            if step.level is levels[-1] and mask is not None and latents is not None:
+                step = replace(step, x=latents + mask * (step.x - latents))  # some end before the clean image
+            yield step
+            x = step.x
+        return x
+
+    def _brownian(self, request: Request) -> Increment:
+        """Over the levels of a whole run, as AUTOMATIC1111 has it, wherever an image starts."""
+        assert request.width is not None and request.height is not None
+        levels = whole_grid(request, self.schedule)
+        ratios = [min(level.ratio, self.schedule.ratios[-1]) for level in levels if level.ratio]
+        shape = self._latent_shape(request.width, request.height)
+        return brownian_noise(request.seeds(), shape, self.device, min(ratios), max(ratios))
 
     def _of_one_model(self, steps: Iterator[Step], loras: tuple[Dose, ...]) -> Iterator[Step]:
         """The steps, as long as the weights are those that the prompt was encoded with. Raises RequestError."""
@@ -268,70 +416,52 @@ class StableDiffusion:
                 return
             yield step
 
-    def _denoiser(self, request: Request, levels: list[Level]) -> Denoise:
-        """The guided U-Net, with all that is constant over the steps computed here."""
-        with torch.no_grad():
-            times = [level.t for level in levels]
-            shifts = self.unet.embed_time(torch.tensor(times, device=self.device))
-            shifts_at = dict(zip(times, zip(*(shift.split(1) for shift in shifts), strict=True), strict=True))
-            context = self.text.encode([split_loras(text)[0] for text in (request.negative_prompt, request.prompt)])
-            uncond, cond = zip(
-                *(_halves(kv, request.batch_size) for kv in self.unet.embed_context(context)), strict=True
+    def _conditions(self, request: Request, fitted: Fitted, mask: Tensor | None, done: int) -> Conditions:
+        """What to draw, and what not, over the steps, and what is beside it."""
+        positive, negative = (
+            encode_prompt(
+                self.text, split_loras(prompt)[0], self.grid_length(request), clip_skip=request.clip_skip,
+                emphasis=request.emphasis, negative=negative, done=done,
             )
+            for prompt, negative in ((request.prompt, False), (request.negative_prompt, True))
+        )  # fmt: skip
+        return Conditions(positive, negative, self._beside(request, fitted, mask), self.edits)
 
-        def network(keys_values: Sequence[KeyValue]) -> Denoise:
-            @torch.no_grad()
-            def predict(x: Tensor, level: Level) -> Tensor:
-                return self.unet.predict(x.to(self.dtype), shifts_at[level.t], keys_values).float()
+    def _beside(self, request: Request, fitted: Fitted, mask: Tensor | None) -> Tensor | None:
+        """What the U-Net sees beside the latents; an inpainting model's: 1 where it paints, and the rest."""
+        assert request.width is not None and request.height is not None
+        if self.edits:
+            assert fitted.picture is not None
+            return self.encode(fitted.picture, request.tiling) / self.config.vae.scale_factor
+        if not self.inpaints:
+            return None
+        pixels = torch.zeros(1, 3, request.height, request.width)  # grey all over where there is no image
+        painted = torch.ones(1, 1, request.height, request.width)
+        if fitted.picture is not None:
+            pixels = to_tensor(fitted.picture)
+            if fitted.mask is not None:
+                painted = (latent_mask(fitted.mask, (request.height, request.width)) >= 0.5).float()
+        side = self.config.vae.downsampling
+        known = self._codec.encode(pixels * (1 - painted), request.tiling)
+        return torch.cat([torch.nn.functional.max_pool2d(painted, side).to(self.device), known], dim=1)
 
-            return denoiser(predict, self.config.schedule.prediction_type)
-
-        if request.cfg_scale == 1:
-            if request.negative_prompt:
-                log.warning("the negative prompt has no effect at cfg_scale 1")
-            return network(cond)
-        both = [(torch.cat([k, k_]), torch.cat([v, v_])) for (k, v), (k_, v_) in zip(uncond, cond, strict=True)]
-        return first_that_fits(
-            {
-                "guidance in one evaluation": guide_batched(network(both), request.cfg_scale),
-                "guidance in two": guide_split(network(uncond), network(cond), request.cfg_scale),
-            }
-        )
-
-    @torch.no_grad()
-    def encode(self, image: Image.Image) -> Tensor:
+    def encode(self, image: Image.Image, tiling: str = "none") -> Tensor:
         """RGB image, sides a multiple of 8 → the mode of its scaled latents (1, 4, height/8, width/8), float32."""
-        mode = self._run_vae(lambda vae, pixels: vae.encode(pixels).mode(), to_tensor(image).to(self.device))
-        return mode * self.config.vae.scale_factor
+        return self._codec.encode(to_tensor(image), tiling)
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Scaled latents (b, 4, h, w) → pictures, one at a time to save memory. Raises NumericalError."""
-        if not latents.isfinite().all():
-            if self.dtype == torch.float32:
-                raise NumericalError("the sampler diverged: lower cfg_scale or use more steps")
-            raise NumericalError(f"the U-Net overflowed in {self.dtype}: use dtype float32")
-        return [
-            to_image(self._run_vae(lambda vae, z: vae.decode(z), z[None])[0])
-            for z in latents / self.config.vae.scale_factor
-        ]
-
-    def _run_vae(self, run: Callable[[VAE, Tensor], Tensor], x: Tensor) -> Tensor:
-        """A part of the VAE in `dtype`, or in float32 where that overflows; float32 in and out."""
-        result = run(self.vae, x.to(self.dtype))
-        if not result.isfinite().all():
-            result = run(self._exact_vae, x)
-        if not result.isfinite().all():
-            raise NumericalError("the VAE overflows in float32: its weights are damaged")
-        return result.float()
+    def decode(self, latents: Tensor, tiling: str = "none") -> list[Image.Image]:
+        """Scaled latents (b, 4, h, w) → pictures. Raises NumericalError."""
+        return self._codec.decode(latents, tiling)
 
     @cached_property
-    def _exact_vae(self) -> VAE:
-        log.warning("the VAE overflows in %s: running it in float32", self.dtype)
-        return copy.deepcopy(self.vae).float()
+    def _codec(self) -> Codec:
+        taesd = self.taesd if self.taesd_finals else None
+        return Codec(self.vae, self.config.vae.scale_factor, self.device, self.dtype, taesd)
 
 
-def _halves(key_value: KeyValue, batch_size: int) -> tuple[KeyValue, KeyValue]:
-    """Keys and values of two prompts → those of the first, and of the second, each for a whole batch."""
-    k, v = (t.unsqueeze(1).expand(-1, batch_size, -1, -1, -1) for t in key_value)
-    return (k[0], v[0]), (k[1], v[1])
+def _tell_steps(request: Request, run: int) -> None:
+    """How many steps there truly are on an initial image, where they are not those asked for."""
+    if run == 0:
+        log.warning("strength %s of %d steps is less than one: none is run", request.strength, request.steps)
+    elif run != request.steps:
+        log.info("running %d of %d steps, at strength %s", run, request.steps, request.strength)

@@ -10,7 +10,7 @@ from test_pipeline import PROMPT
 
 from ldm import Request
 from ldm.cli import main
-from ldm.cli.generate import _lora
+from ldm.cli.flags import _lora
 from ldm.errors import RequestError
 from ldm.metadata import read_request
 
@@ -136,7 +136,9 @@ def test_command_line(drawing, folder, tmp_path, capsys):
     tagged = f"{PROMPT}<lora:style:0.5>"
     assert run(capsys, "-p", tagged, *out, "--lora-dir", folder) == [draw(drawing, tagged)]
     assert run(capsys, "-p", tagged, *out, "--lora", f"{style}:0") == [draw(drawing, tagged)]
-    assert {read_request(path).prompt for path in (tmp_path / "o").iterdir()} == {PROMPT, tagged}
+    prompts = [read_request(path).prompt for path in sorted((tmp_path / "o").iterdir())]
+    assert prompts == [f"{PROMPT} <lora:style:0.2:0.8> <lora:other:1:1>", tagged, tagged]
+    assert draw(drawing, prompts[0]) == expected
 
 
 @pytest.mark.parametrize(

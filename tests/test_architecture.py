@@ -13,9 +13,10 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"ldm.config", "ldm.errors", "ldm.files"},
     {"ldm.models", "ldm.diffusion", "ldm.images", "ldm.prompt"},
-    {"ldm.checkpoint", "ldm.hub", "ldm.runtime", "ldm.request"},
-    {"ldm.adapters"},
-    {"ldm.pipeline", "ldm.metadata"},
+    {"ldm.checkpoint", "ldm.hub", "ldm.runtime", "ldm.request", "ldm.editing"},
+    {"ldm.adapters", "ldm.preview", "ldm.conditioning"},
+    {"ldm.canvas", "ldm.codec", "ldm.sampling", "ldm.trajectory", "ldm.metadata"},
+    {"ldm.pipeline"},
     {"ldm.cli"},
     {"ldm.__main__"},
 ]

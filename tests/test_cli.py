@@ -19,6 +19,7 @@ from test_pipeline import PROMPT, assert_red_circle_on_blue
 
 from ldm import Request
 from ldm.cli import main
+from ldm.errors import ImageError
 from ldm.metadata import read_request
 
 SCRIPTS = SHIPPED.parent.parent / "scripts"
@@ -73,7 +74,7 @@ def test_every_flag_reaches_the_request(capsys, tmp_path):
         "--model", SHIPPED, "--vae", SHIPPED / "vae", "--outdir", tmp_path, "--device", "cpu", "--dtype", "float32",
     )  # fmt: skip
     assert read_request(path) == Request(
-        prompt="a", negative_prompt="b", steps=3, cfg_scale=2.0, eta=0.5, seed=9, height=72, width=80
+        prompt="a", negative_prompt="b", steps=3, cfg_scale=2.0, sampler="ddim", eta=0.5, seed=9, height=72, width=80
     )
 
 
@@ -84,7 +85,7 @@ def test_compvis_spellings(capsys, tmp_path):
         "--outdir", tmp_path,
     )  # fmt: skip
     assert [path.name for path in paths] == [f"{i:05d}-{3 + i}.png" for i in range(4)]
-    expected = Request(prompt="a", steps=4, sampler="plms", cfg_scale=2.0, seed=6, height=72, width=80)
+    expected = Request(prompt="a", steps=4, sampler="plms", cfg_scale=2.0, eta=0.0, seed=6, height=72, width=80)
     assert read_request(paths[3]) == expected
 
 
@@ -111,7 +112,7 @@ def test_each_image_carries_a_request_that_makes_it_again(capsys, tmp_path, ship
 
 
 def test_steps_in_metadata_are_those_run(capsys, tmp_path):
-    [path] = make(capsys, "txt2img", "-p", "a", "-s", 7, "--outdir", tmp_path)
+    [path] = make(capsys, "txt2img", "-p", "a", "-s", 7, "--sampler", "ddim", "--outdir", tmp_path)
     assert "Steps: 8," in Image.open(path).info["parameters"]
     assert read_request(path).steps == 7
 
@@ -286,3 +287,52 @@ def test_interrupt(tmp_path):
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("ldm 0.")
+
+
+def test_previews_formats_and_no_metadata(capsys, tmp_path):
+    paths = make(
+        capsys, "txt2img", "-p", PROMPT, "-s", 6, "--seed", 3, "--preview-every", 2, "--format", "webp",
+        "--no-metadata", "--outdir", tmp_path,
+    )  # fmt: skip
+    assert [path.name for path in paths] == [
+        "00000-3-step002.png", "00001-3-step004.png", "00002-3-step006.png", "00003-3.webp",
+    ]  # fmt: skip
+    assert [Image.open(path).size for path in paths] == [(64, 64)] * 4
+    assert Image.open(paths[3]).format == "WEBP"
+    with pytest.raises(ImageError):
+        read_request(paths[3])
+
+
+def test_painting_under_a_mask(capsys, tmp_path):
+    [start] = make(capsys, "txt2img", "-p", PROMPT, "-s", 6, "--seed", 3, "--outdir", tmp_path)
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 32))
+    mask.save(tmp_path / "mask.png")
+    flags = ["-p", "a green star", "-s", 4, "--seed", 1, "--mask-blur", 0, "--outpaint-right", 16, "--outdir", tmp_path]
+    [painted] = make(
+        capsys, "img2img", "--init-img", start, "--mask", tmp_path / "mask.png", "--strength", 1, *flags
+    )  # fmt: skip
+    image, original = Image.open(painted), Image.open(start)
+    assert image.size == (80, 64)
+    kept = (0, 32, 56, 64)
+    assert image.crop(kept).tobytes() == original.crop(kept).tobytes()
+    [again] = make(
+        capsys, "regenerate", painted, "--init-img", start, "--mask", tmp_path / "mask.png", "--outdir", tmp_path
+    )  # fmt: skip
+    assert Image.open(again).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--taesd-finals"], "taesd_finals needs taesd"),
+        (["--preview-every", "0"], "preview_every is 0: use 1 to"),
+        (["--sampler", "Eular a"], "sampler is 'Eular a': use one of ddim"),
+        (["--schedule", "karas"], "schedule is 'karas': use one of"),
+        (["--hires-scale", "0.5"], "hires_scale is 0.5: use a number from 1 to 8"),
+        (["--guidance-start", "0.9", "--guidance-end", "0.1"], "guidance_start is 0.9, after guidance_end, 0.1"),
+    ],
+)
+def test_faults_of_what_is_asked_for(capsys, args, message):
+    assert main(["txt2img", "-p", "a", *args]) == 2
+    assert message in capsys.readouterr().err

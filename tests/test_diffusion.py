@@ -12,13 +12,16 @@ import torch
 from conftest import assert_parity, relative_error
 
 from ldm import ScheduleConfig
-from ldm.diffusion import Level, NoiseSchedule, Prediction, samplers
-from ldm.diffusion.guidance import guide_batched, guide_split
+from ldm.diffusion import Level, NoiseSchedule, Prediction, grids, samplers
+from ldm.diffusion.guidance import guide
 from ldm.diffusion.loss import diffusion_loss
 from ldm.diffusion.prediction import denoiser
-from ldm.diffusion.schedule import timesteps
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
+
+
+def timesteps(schedule, grid, steps):
+    return [level.t for level in grids.visit(schedule, grid, steps)]
 
 
 def no_noise():
@@ -30,7 +33,12 @@ def guided(tiny_unet, golden):
     """The tiny model with guidance 7.5, as in the recorded runs."""
     context = torch.cat([golden["sample.uncond"], golden["sample.cond"]])
     eps = denoiser(lambda x, level: tiny_unet(x, torch.full((len(x),), level.t), context), "epsilon")
-    return guide_batched(eps, 7.5)
+
+    def guided(x, level):
+        uncond, cond = zip(*(form.chunk(2) for form in eps(x.repeat(2, 1, 1, 1), level)), strict=True)
+        return guide(Prediction(*uncond), [Prediction(*cond)], [1.0], 7.5)
+
+    return guided
 
 
 def final(steps):
@@ -71,7 +79,7 @@ def test_ddpm_equals_reference(golden, tiny_unet):
     draws = iter(golden["ddpm_last20.noise"])
     last20 = samplers.levels("ddpm", SCHEDULE, 1000)[-21:]
     assert [level.t for level in last20[:-1]] == list(range(19, -1, -1))
-    walk = samplers.run("ddpm", eps, golden["sample.xT"], last20, noise=lambda: next(draws))
+    walk = samplers.run("ddpm", eps, golden["sample.xT"], last20, lambda: next(draws), SCHEDULE)
     assert_parity("ddpm_last20, reference", final(walk), golden["ddpm_last20.x0"], 1e-4)
 
 
@@ -80,7 +88,7 @@ def test_img2img_equals_reference(golden, guided):
     kept = int(0.75 * 10)
     z = levels[10 - kept - 1].add_noise(golden["img2img.x0_in"], golden["img2img.noise"])
     assert relative_error(z, golden["img2img.z_enc"]) <= 1e-5
-    walk = samplers.run("ddim", guided, z, levels[-kept - 1 :], no_noise)
+    walk = samplers.run("ddim", guided, z, levels[-kept - 1 :], no_noise, SCHEDULE)
     assert_parity("img2img, reference", final(walk), golden["img2img.x0"], 1e-4)
 
 
@@ -226,30 +234,15 @@ def test_loss_is_zero_for_a_perfect_network_and_per_image():
     ).tolist() == (pytest.approx([1.0, 4.0, 9.0]))
 
 
-def test_guidance_batched_and_split_are_the_formula():
-    g = torch.Generator().manual_seed(0)
-    uncond, cond, x = torch.randn(3, 1, 4, 8, 8, generator=g).unbind()
-    level = SCHEDULE.level(500)
-    both = denoiser(lambda x, level: torch.cat([uncond, cond]), "epsilon")
-    batched = guide_batched(both, 7.5)(x, level)
-    split = guide_split(denoiser(lambda x, level: uncond, "epsilon"), denoiser(lambda x, level: cond, "epsilon"), 7.5)(
-        x, level
-    )
-    eps = uncond + 7.5 * (cond - uncond)
-    for prediction in (batched, split):
-        assert torch.allclose(prediction.eps, eps)
-        assert relative_error(prediction.x0, (x - level.sigma * eps) / level.alpha) < 1e-5
-
-
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: samplers.levels("euler", SCHEDULE, 10),
+        lambda: samplers.levels("eular", SCHEDULE, 10),
         lambda: samplers.levels("ddim", SCHEDULE, 0),
         lambda: samplers.levels("ddim", SCHEDULE, 1001),
         lambda: samplers.levels("ddim", SCHEDULE, 10, grid="cubic"),
-        lambda: samplers.run("plms", None, None, [], None, eta=0.5),
-        lambda: samplers.run("ddim", None, None, [], None, eta=5),
+        lambda: samplers.run("plms", None, None, [], None, SCHEDULE, eta=0.5),
+        lambda: samplers.run("ddim", None, None, [], None, SCHEDULE, eta=5),
         lambda: NoiseSchedule(ScheduleConfig(beta_schedule="sigmoid")),
         lambda: NoiseSchedule(ScheduleConfig(beta_end=1.5)),
         lambda: NoiseSchedule(ScheduleConfig(beta_start=0.0, beta_end=0.0)),

@@ -9,14 +9,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED, assert_parity
+from conftest import SHIPPED, assert_parity, relative_error
 from PIL import Image
 from torch import nn
 
 from ldm import Request, StableDiffusion
+from ldm.diffusion import samplers
 from ldm.errors import CheckpointError, NumericalError, RequestError
-from ldm.images import to_tensor
+from ldm.images import to_image, to_tensor
+from ldm.models.taesd import TAESD
 from ldm.models.vae import DiagonalGaussian
+from ldm.trajectory import trajectory
 
 PROMPT = "a large red circle on a blue background"
 
@@ -72,22 +75,36 @@ def test_guidance_and_negative_prompts_matter(shipped):
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [{}, {"eta": 1.0}, {"sampler": "plms"}, {"sampler": "ddpm"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"sampler": name} for name in samplers.NAMES] + [{"sampler": "ddim", "eta": 1.0}], ids=str
+)
 def test_an_image_is_the_same_in_any_batch(shipped, fields):
-    [alone] = shipped.txt2img(PROMPT, seed=7, steps=10, **fields)
-    batch = shipped.txt2img(PROMPT, seed=5, batch_size=4, steps=10, **fields)
-    elsewhere = shipped.txt2img(PROMPT, seed=7, batch_size=4, steps=10, **fields)
-    assert np.abs(pixels(alone) - pixels(batch[2])).max() <= 1
-    assert np.abs(pixels(alone) - pixels(elsewhere[0])).max() <= 1
-
-
-def test_starting_noise_is_the_same_bit_for_bit(shipped):
-    alone, batch = (
-        shipped._sampling(Request(prompt=PROMPT, seed=seed, batch_size=size), None)[0]
-        for seed, size in [(7, 1), (5, 4)]
+    alone, batch, shuffled = (
+        list(shipped.stream(Request(PROMPT, seed=seed, batch_size=size, steps=10, **fields)))[-1].x
+        for seed, size in ((7, 1), (5, 4), (6, 2))
     )
-    assert torch.equal(alone[0], batch[2])
-    assert torch.equal(alone, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7)))
+    assert relative_error(batch[2], alone[0]) < 1e-5
+    assert relative_error(shuffled[1], alone[0]) < 1e-5
+
+
+@pytest.mark.parametrize("name", samplers.NAMES)
+def test_noise_is_the_same_bit_for_bit(shipped, name, monkeypatch):
+    """What a sampler starts from and what it draws on its way, alone, in a batch, and at another place in it."""
+    seen = []
+
+    def run(name, denoise, x, levels, noise, *rest):
+        seen.append([x, noise(), noise()])
+        return iter(())
+
+    monkeypatch.setattr(samplers, "run", run)
+    for seed, size in ((7, 1), (5, 4), (6, 2)):
+        list(shipped.stream(Request(prompt=PROMPT, sampler=name, seed=seed, batch_size=size)))
+    alone, batch, shuffled = seen
+    for first, second, third in zip(alone, batch, shuffled, strict=True):
+        assert torch.equal(first[0], second[2]) and torch.equal(first[0], third[1])
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    level = shipped.levels(Request(PROMPT, sampler=name))[0]
+    assert torch.equal(alone[0], samplers.start(name, start, level))
 
 
 def test_the_same_request_gives_the_same_bytes(shipped):
@@ -133,12 +150,16 @@ def test_sizes(shipped, width, height):
 @pytest.mark.parametrize(
     ("fields", "steps"),
     [
-        ({"steps": 7}, 8),  # 1000 // 7 = 142 makes a grid of 8, as in the reference
+        ({"steps": 7, "sampler": "ddim"}, 8),  # 1000 // 7 = 142 makes a grid of 8, as in the reference
         ({"steps": 10}, 10),
         ({"steps": 7, "sampler": "ddpm"}, 7),
         ({"steps": 10, "strength": 0.75}, 7),
         ({"steps": 10, "strength": 0.0}, 0),
         ({"steps": 10, "strength": 1.0}, 10),
+        ({"steps": 10, "strength": 0.75, "exact_steps": True}, 10),
+        ({"steps": 10, "strength": 0.01, "exact_steps": True}, 10),
+        ({"steps": 10, "strength": 0.0, "exact_steps": True}, 0),
+        ({"steps": 25, "sampler": "restart"}, 25),
     ],
 )
 def test_steps_that_are_run(shipped, fields, steps):
@@ -151,10 +172,10 @@ def test_steps_that_are_run(shipped, fields, steps):
 
 def test_img2img_starts_where_the_reference_does(shipped):
     """Noised to the eighth of ten levels, denoised from the seventh on (see z_enc among the golden runs)."""
-    start, levels = shipped._trajectory(Request("a", steps=10, strength=0.75))
+    start, levels = trajectory(Request("a", sampler="ddim", steps=10, strength=0.75), shipped.schedule)
     assert start.t == 701
     assert [level.t for level in levels] == [601, 501, 401, 301, 201, 101, 1, 0]
-    start, levels = shipped._trajectory(Request("a", steps=10, strength=1.0))
+    start, levels = trajectory(Request("a", sampler="ddim", steps=10, strength=1.0), shipped.schedule)
     assert start.t == levels[0].t == 901
 
 
@@ -198,7 +219,9 @@ def test_latents_equal_diffusers_pipeline(shipped, steps, eta, prediction_type):
     ).images  # fmt: skip
     schedule = replace(shipped.config.schedule, prediction_type=prediction_type)
     sd = replace(shipped, config=replace(shipped.config, schedule=schedule))
-    request = Request(PROMPT, negative_prompt="a star", steps=steps, eta=eta, cfg_scale=5.0, seed=3, batch_size=2)
+    request = Request(
+        PROMPT, negative_prompt="a star", sampler="ddim", steps=steps, eta=eta, cfg_scale=5.0, seed=3, batch_size=2
+    )
     *_, last = sd.stream(request)
     assert_parity(f"shipped model, {prediction_type}, {steps} steps, eta {eta}, diffusers", last.x, theirs, 1e-4)
 
@@ -210,17 +233,31 @@ def test_streamed_steps_end_in_the_image(shipped):
     assert not torch.is_inference_mode_enabled()
 
 
+def test_taesd_decodes_previews_and_pictures(shipped):
+    torch.manual_seed(0)
+    small = replace(shipped, taesd=TAESD().eval())
+    *_, last = small.stream(Request(PROMPT, seed=3, steps=2))
+    assert small.preview(last).size == (64, 64)
+    assert shipped.preview(last).size == (8, 8)
+    assert small.decode(last.x)[0].tobytes() == shipped.decode(last.x)[0].tobytes()
+    finals = replace(small, taesd_finals=True)
+    with torch.no_grad():
+        expected = to_image(small.taesd(last.x)[0])
+    assert finals.generate(Request(PROMPT, seed=3, steps=2))[0].tobytes() == expected.tobytes()
+    with pytest.raises(RequestError, match="how its latents look is not known"):
+        replace(shipped, latent_preview=None).preview(last)
+
+
 def test_progress_says_how_many_steps_are_run(shipped, capsys):
-    shipped.generate(Request(prompt="a", seed=0, steps=7), progress=True)
+    shipped.generate(Request(prompt="a", sampler="ddim", seed=0, steps=7), progress=True)
     assert "8/8" in capsys.readouterr().err
     shipped.generate(Request(prompt="a", seed=0, steps=7))
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("channels", [8, 9])
-def test_models_for_editing_are_refused(shipped, channels):
-    config = replace(shipped.config, unet=replace(shipped.config.unet, in_channels=channels))
-    with pytest.raises(RequestError, match=f"takes {channels} channels"):
+def test_unknown_kinds_of_models_are_refused(shipped):
+    config = replace(shipped.config, unet=replace(shipped.config.unet, in_channels=7))
+    with pytest.raises(RequestError, match="takes 7 channels, which no kind of model does"):
         replace(shipped, config=config).txt2img("a")
 
 

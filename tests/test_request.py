@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import Field, asdict, fields
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -9,22 +10,35 @@ from hypothesis import strategies as st
 
 from ldm import Request
 from ldm.diffusion import samplers
+from ldm.diffusion.grids import GRIDS
 from ldm.errors import RequestError
+from ldm.request import MULTIPLES, SIZE_MULTIPLE
 
-SIZES = st.none() | st.integers(1, 1024).map(lambda n: 8 * n)
-REQUESTS = st.builds(
-    Request,
-    prompt=st.text(),
-    negative_prompt=st.text(),
-    steps=st.integers(1, 1000),
-    cfg_scale=st.floats(0, 1000),
-    sampler=st.sampled_from(samplers.NAMES),
-    seed=st.none() | st.integers(0, 2**64 - 1),
-    width=SIZES,
-    height=SIZES,
-    batch_size=st.integers(1, 1024),
-    strength=st.none() | st.floats(0, 1),
-)
+
+def values_of(f: Field) -> st.SearchStrategy:
+    """All the values a field of Request may have, by its type and metadata."""
+    kind, *optional = str(f.type).split(" | ")
+    least, most, choices = (f.metadata.get(key) for key in ("least", "most", "choices"))
+    choices = {"sampler": samplers.NAMES, "schedule": list(GRIDS)}.get(f.name, choices)
+    if choices is not None:
+        values = st.sampled_from(choices)
+    elif kind == "int" and f.name in MULTIPLES:
+        values = st.integers(-(-least // SIZE_MULTIPLE), most // SIZE_MULTIPLE).map(lambda n: n * SIZE_MULTIPLE)
+    else:
+        numbers = {"int": partial(st.integers, least, most), "float": partial(st.floats, least, most)}
+        values = {"str": st.text, "bool": st.booleans, **numbers}[kind]()
+    return st.none() | values if optional else values
+
+
+def valid(values: dict) -> Request:
+    """A request of values that are each allowed, made so together too."""
+    if samplers.SAMPLERS[values["sampler"]].eta is None:
+        values["eta"] = None
+    values["guidance_start"], values["guidance_end"] = sorted((values["guidance_start"], values["guidance_end"]))
+    return Request(**values)
+
+
+REQUESTS = st.fixed_dictionaries({f.name: values_of(f) for f in fields(Request)}).map(valid)
 
 
 @given(REQUESTS)
@@ -45,7 +59,18 @@ def test_json_round_trip(request):
         ({"cfg_scale": "7"}, "cfg_scale is '7'"),
         ({"eta": 2}, "from 0 to 1"),
         ({"eta": 0.5, "sampler": "plms"}, "plms has none"),
-        ({"sampler": "euler"}, "use one of ddim, plms, ddpm"),
+        ({"sampler": "magic"}, "use one of ddim, plms, ddpm"),
+        ({"sampler": 3}, "sampler is 3: use text"),
+        ({"schedule": "magic"}, "schedule is 'magic': use one of uniform, quad"),
+        ({"schedule": ["karras"]}, "schedule is ['karras']: use"),
+        ({"noise": "mps"}, "noise is 'mps': use one of cpu, cuda"),
+        ({"tiling": None}, "tiling is None: use one of none, both, x, y"),
+        ({"only_masked": 1}, "only_masked is 1: use true or false"),
+        ({"guidance_start": 0.9, "guidance_end": 0.2}, "guidance_start is 0.9, after guidance_end, 0.2"),
+        ({"seed_width": 100}, "seed_width is 100: use 96 or 104"),
+        ({"outpaint_left": 4}, "outpaint_left is 4: use 0 or 8"),
+        ({"hires_scale": 0.5}, "hires_scale is 0.5: use a number from 1 to 8"),
+        ({"clip_skip": 0}, "clip_skip is 0: use a whole number from 1 to 12"),
         ({"seed": -1}, "from 0 to"),
         ({"seed": 2**64}, "from 0 to"),
         ({"seed": 10**400}, "from 0 to"),
@@ -101,6 +126,22 @@ def test_broken_json_is_refused(text):
         Request.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "sampler", "schedule"),
+    [
+        ("DPM++ 2M Karras", None, "dpmpp_2m", "karras"),
+        ("DPM++ 2M Karras", "normal", "dpmpp_2m", "normal"),
+        ("Euler a", None, "euler_a", None),
+        ("euler_ancestral", None, "euler_a", None),
+        ("DPMSolverMultistepScheduler", "beta", "dpmpp_2m", "beta"),
+        ("DDIM", None, "ddim", None),
+    ],
+)
+def test_samplers_have_our_names_whatever_they_were_called(name, given, sampler, schedule):
+    request = Request("a", sampler=name, schedule=given)
+    assert (request.sampler, request.schedule) == (sampler, schedule)
+
+
 def test_seeds_count_up_and_wrap():
     assert Request(prompt="", seed=5, batch_size=3).seeds() == [5, 6, 7]
     assert Request(prompt="", seed=2**64 - 1, batch_size=2).seeds() == [2**64 - 1, 0]
@@ -112,3 +153,16 @@ def test_each_image_has_a_request_of_its_own():
         Request(prompt="a", seed=5),
         Request(prompt="a", seed=6),
     ]
+
+
+def test_batches_and_variations():
+    request = Request("a", seed=5, batch_size=2)
+    assert request.seeds() == [5, 6]
+    assert request.batch(3).seeds() == [11, 12]
+    varied = Request("a", seed=5, batch_size=2, variation_strength=0.1)
+    assert (varied.seeds(), varied.variation_seeds()) == ([5, 5], [6, 7])
+    assert varied.batch(1).seeds() == [5, 5] and varied.batch(1).variation_seeds() == [8, 9]
+    assert [(image.seed, image.variation_seed) for image in varied.images()] == [(5, 6), (5, 7)]
+    assert [image.variation_seed for image in request.images()] == [None, None]
+    alone = Request("a", variation_strength=0.1).images()[0]
+    assert alone.variation_seed == (alone.seed + 1) % 2**64

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from ldm.checkpoint import configs
 from ldm.checkpoint.detect import PARAMETERIZATIONS
-from ldm.checkpoint.files import FORMAT_DTYPES, TORCH_DTYPES, StoredTensor
-from ldm.checkpoint.folders import EXTRAS, FOLDERS, STEMS
+from ldm.checkpoint.files import FORMAT_DTYPES, MAX_CONFIG_BYTES, TORCH_DTYPES, StoredTensor, read_text
+from ldm.checkpoint.folders import EXTRAS, FOLDERS, PREVIEW, STEMS
 from ldm.checkpoint.header import FLOATS
 from ldm.checkpoint.layouts import EMA, LABELS, MARKS, POSITION_IDS, REPLACED, TEXT_LEVEL, Part, describe
 from ldm.checkpoint.load import build, check, read_config
@@ -106,7 +106,7 @@ def convert(source: Path, target: Path, choices: Choices = Choices(), conversion
     overwrite = conversion.overwrite or target == source.resolve()
     _check_target(target, single, overwrite)
     files = _plan_single(checkpoint, conversion) if single else _plan_folder(checkpoint, conversion)
-    _report(checkpoint, conversion)
+    _report(checkpoint, conversion, single)
     size = sum(output.nbytes for file in files.values() for output in file.tensors)
     with (
         made_folder(target.parent),
@@ -125,7 +125,8 @@ def convert(source: Path, target: Path, choices: Choices = Choices(), conversion
 
 # The files of a model's folder. Where a folder holds anything else, it is not replaced: that would be lost.
 OF_A_MODEL = re.compile(
-    rf"model_index\.json|{re.escape(EXTRAS)}|scheduler/scheduler_config\.json|tokenizer/[^/]+\.(json|txt)"
+    rf"model_index\.json|{re.escape(EXTRAS)}|{re.escape(PREVIEW)}"
+    r"|scheduler/scheduler_config\.json|tokenizer/[^/]+\.(json|txt)"
     rf"|({'|'.join(FOLDERS.values())})/(config\.json|({'|'.join(STEMS)})(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?)"
 )
 
@@ -146,12 +147,14 @@ def _check_target(target: Path, single: bool, overwrite: bool) -> None:
         raise RequestError(f"{target} exists; choose another name, or --overwrite")
 
 
-def _report(checkpoint: Checkpoint, conversion: Conversion) -> None:
+def _report(checkpoint: Checkpoint, conversion: Conversion, single: bool) -> None:
     """Log what the result will not hold."""
     for note in checkpoint.notes:
         log.info("%s", note)
     if not checkpoint.borrowed and checkpoint.path.is_file() and (sidecar := find_sidecar_vae(checkpoint.path)):
         log.info("left out: %s, which takes the place of the VAE when this is loaded; bake it in with --vae", sidecar)
+    if single and (preview := checkpoint.path / PREVIEW).is_file():
+        log.info("left out: %s, which only a folder can hold", preview)
     for contents in checkpoint.contents.values():
         for reason, tensors in {**contents.ignored, "of no known use": contents.unknown}.items():
             if tensors and (conversion.prune or reason == REPLACED):
@@ -252,6 +255,8 @@ def _plan_folder(checkpoint: Checkpoint, conversion: Conversion) -> dict[str, Fi
     texts["tokenizer/vocab.json"] = vocab
     texts["tokenizer/tokenizer_config.json"] = configs.tokenizer_to_json(config.text.max_length)
     files |= {name: File([], {}, json.dumps(text, ensure_ascii=False, indent=2)) for name, text in texts.items()}
+    if (preview := checkpoint.path / PREVIEW).is_file():
+        files[PREVIEW] = File([], {}, read_text(preview, MAX_CONFIG_BYTES))
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges), ""]
     return files | {"tokenizer/merges.txt": File([], {}, "\n".join(lines))}
 

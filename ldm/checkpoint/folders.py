@@ -12,6 +12,7 @@ FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder"}  # of each netw
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 INDEX = ".index"
 EXTRAS = "extras.safetensors"  # in a model's folder: what a single file held beside the networks, for the way back
+PREVIEW = "preview.json"  # in a model's folder: how its latents look
 
 
 def is_component(folder: Path) -> bool:

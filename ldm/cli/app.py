@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ldm import __version__
-from ldm.cli import convert, download, generate, inspect
+from ldm.cli import convert, download, generate, inspect, plot, regenerate, tokenize
 from ldm.errors import LdmError, RequestError, is_out_of_memory
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -24,6 +24,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+class BesideBars(logging.Handler):
+    """Messages to stderr, on lines of their own where a progress bar is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")  # not imported where there is none
+        if tqdm is None:
+            print(self.format(record), file=sys.stderr)
+        else:
+            tqdm.tqdm.write(self.format(record), file=sys.stderr)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ldm", description="Stable Diffusion v1.x on your own machine.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ldm {__version__}")
@@ -32,6 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_commands(commands)
     convert.add_commands(commands)
     download.add_commands(commands)
+    plot.add_commands(commands)
+    regenerate.add_commands(commands)
+    tokenize.add_commands(commands)
     return parser
 
 
@@ -42,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # What is printed are paths, which need not be text in the terminal's encoding.
             sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors())
         args = build_parser().parse_args(argv)
-        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.basicConfig(format="%(message)s", handlers=[BesideBars()])
         logging.getLogger("ldm").setLevel(logging.INFO)
         args.run(args)
         return 0

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.generate import MODEL_CHOICES, add_model_choices
+from ldm.cli.flags import MODEL_CHOICES, add_model_choices
 
 
 def add_commands(commands: Any) -> None:

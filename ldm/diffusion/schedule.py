@@ -1,8 +1,9 @@
-"""The forward process and the grids of timesteps that samplers walk. Python floats, so that importing costs nothing."""
+"""The forward process: the noise level of each timestep. In Python floats, so that importing costs nothing."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 CLEAN = Level(t=0.0, alpha=1.0, sigma=0.0)  # a finished image
 
 
-def _linspace(start: float, end: float, count: int) -> list[float]:
+def linspace(start: float, end: float, count: int) -> list[float]:
     """As numpy's: `count` numbers from `start` to exactly `end`; `start` alone where one is asked for."""
     step = (end - start) / max(count - 1, 1)
     return [start + i * step for i in range(count - 1)] + [end if count > 1 else start]
@@ -26,12 +27,12 @@ def _linspace(start: float, end: float, count: int) -> list[float]:
 
 def linear_betas(config: ScheduleConfig) -> list[float]:
     """Ho et al. 2020, arXiv:2006.11239."""
-    return _linspace(config.beta_start, config.beta_end, config.timesteps)
+    return linspace(config.beta_start, config.beta_end, config.timesteps)
 
 
 def scaled_linear_betas(config: ScheduleConfig) -> list[float]:
     """Linear in the square root of beta: latent diffusion's, and so Stable Diffusion's."""
-    return [b * b for b in _linspace(math.sqrt(config.beta_start), math.sqrt(config.beta_end), config.timesteps)]
+    return [b * b for b in linspace(math.sqrt(config.beta_start), math.sqrt(config.beta_end), config.timesteps)]
 
 
 def cosine_betas(config: ScheduleConfig, offset: float = 0.008, max_beta: float = 0.999) -> list[float]:
@@ -89,6 +90,26 @@ class NoiseSchedule:
         """The level of a training timestep, 0 ≤ t < timesteps."""
         return Level.from_alpha_cumprod(float(t), self._alphas_cumprod[t])
 
+    @cached_property
+    def ratios(self) -> list[float]:
+        """sigma / alpha at each timestep: k-diffusion's sigmas. Where no signal is left, 4096 as diffusers has it."""
+        return [math.sqrt((1 - share) / share) for share in (max(a, 2.0**-24) for a in self._alphas_cumprod)]
+
+    def level_at(self, t: float) -> Level:
+        """The level of a timestep that may lie between two, the logarithm of whose ratios is interpolated."""
+        below = int(t)
+        if below == t:
+            return self.level(below)
+        first, second = self.ratios[below : below + 2]
+        return Level.from_ratio(t, first * (second / first) ** (t - below))
+
+    def level_of_ratio(self, ratio: float) -> Level:
+        """The level of a ratio of noise to signal, for whose timestep the logarithm is interpolated, and clipped."""
+        above = min(max(bisect_right(self.ratios, ratio), 1), len(self.ratios) - 1)
+        first, second = self.ratios[above - 1 : above + 1]
+        place = math.log(ratio / first) / math.log(second / first)
+        return Level.from_ratio(above - 1 + min(max(place, 0.0), 1.0), ratio)
+
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """A draw of q(x_t|x0); each element of the batch has a timestep of its own, t (b,)."""
         alpha, sigma = self._coefficients(t, x0)
@@ -104,42 +125,3 @@ class NoiseSchedule:
         alphas_cumprod = self.alphas_cumprod[t.cpu()].view(-1, *[1] * (like.ndim - 1))
         alpha, sigma = alphas_cumprod.sqrt().to(like.dtype), (1 - alphas_cumprod).sqrt().to(like.dtype)
         return alpha.to(like.device), sigma.to(like.device)  # after the dtype: not every device has float64
-
-
-def uniform_timesteps(total: int, steps: int) -> list[int]:
-    """The reference's DDIM grid: every (total // steps)-th timestep, plus one. Its length may exceed `steps`."""
-    return [t + 1 for t in range(0, total, total // steps)]
-
-
-def quad_timesteps(total: int, steps: int) -> list[int]:
-    """The reference's quadratic DDIM grid, dense near the clean end: squares up to 0.8 · total, plus one."""
-    return [int(root * root) + 1 for root in _linspace(0.0, math.sqrt(0.8 * total), steps)]
-
-
-def linspace_timesteps(total: int, steps: int) -> list[int]:
-    """From 0 to total - 1 in equal strides, rounded: the respacing of improved DDPM (arXiv:2102.09672, section 4).
-
-    Strides are added up, as its published code does; multiplying would round a tie the other way now and then.
-    """
-    stride = (total - 1) / max(steps - 1, 1)
-    return [round(t) for t in accumulate([0.0] + [stride] * (steps - 1))]
-
-
-GRIDS: dict[str, Callable[[int, int], list[int]]] = {
-    "uniform": uniform_timesteps,
-    "quad": quad_timesteps,
-    "linspace": linspace_timesteps,
-}
-
-
-def timesteps(schedule: NoiseSchedule, grid: str, steps: int) -> list[int]:
-    """The training timesteps a sampler visits, noisiest first. An index past the schedule's last is clipped to it.
-
-    Raises ValueError for an unknown grid, or for a number of steps outside 1 … schedule.config.timesteps.
-    """
-    total = schedule.config.timesteps
-    if grid not in GRIDS:
-        raise ValueError(f"grid is {grid!r}: use one of {', '.join(GRIDS)}")
-    if not 1 <= steps <= total:
-        raise ValueError(f"steps is {steps}: use 1 to {total}")
-    return [min(t, total - 1) for t in reversed(GRIDS[grid](total, steps))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,26 +64,44 @@ class TextEncoder(nn.Module):
         return torch.tensor(padded, dtype=torch.long)
 
     def _ids_with_triggers(self, prompt: str) -> list[int]:
-        """The ids of a prompt, ends included. Triggers count in any case, as whole words, the longest first."""
+        """The ids of a prompt, ends included."""
+        return [self.tokenizer.bos_token_id, *chain(*self.units([prompt])[0]), self.tokenizer.eos_token_id]
+
+    def units(self, texts: Sequence[str]) -> list[list[list[int]]]:
+        """The ids of each text, without ends, in units: those of a trigger stay together, others are alone.
+
+        Triggers count in any case, as whole words, the longest first.
+        """
         triggers = sorted(self.triggers, key=len, reverse=True)
-        pattern = "|".join(f"({_whole(trigger)})" for trigger in triggers)
-        ids, start = [self.tokenizer.bos_token_id], 0
-        for match in re.finditer(pattern, prompt, re.IGNORECASE):
-            ids += self._ids(prompt[start : match.start()]) + self.triggers[triggers[(match.lastindex or 1) - 1]]
-            start = match.end()
-        return [*ids, *self._ids(prompt[start:]), self.tokenizer.eos_token_id]
+        pattern = re.compile("|".join(f"({_whole(trigger)})" for trigger in triggers) or r"(?!)", re.IGNORECASE)
+        plain: list[str] = []  # what is between triggers, all texts', so that the tokenizer is called once
+        found: list[list[str]] = []
+        for text in texts:
+            matches = list(pattern.finditer(text))
+            starts, ends = [0, *(match.end() for match in matches)], [*(match.start() for match in matches), len(text)]
+            plain += [text[start:end] for start, end in zip(starts, ends, strict=True)]
+            found.append([triggers[(match.lastindex or 1) - 1] for match in matches])
+        tokens = iter(self.tokenizer(plain, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+        return [
+            [*_alone(next(tokens)), *(unit for name in names for unit in (self.triggers[name], *_alone(next(tokens))))]
+            for names in found
+        ]
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Token ids (b, n) → hidden states (b, n, width)."""
-        return self.transformer(input_ids=token_ids).last_hidden_state
+    def forward(self, token_ids: Tensor, clip_skip: int = 1) -> Tensor:
+        """Token ids (b, n) → hidden states (b, n, width), normed, of the layer that is `clip_skip`-th from the end."""
+        if clip_skip == 1:
+            return self.transformer(input_ids=token_ids).last_hidden_state
+        states = self.transformer(input_ids=token_ids, output_hidden_states=True).hidden_states
+        return self.transformer.final_layer_norm(states[-clip_skip])
 
     @torch.no_grad()
     def encode(self, prompts: str | Sequence[str]) -> Tensor:
         """Prompts → hidden states (b, max_length, width). An empty prompt is the unconditional one."""
         return self(self.tokenize(prompts).to(next(self.parameters()).device))
+
+
+def _alone(ids: list[int]) -> list[list[int]]:
+    return [[i] for i in ids]
 
 
 def _whole(word: str) -> str:

@@ -1,0 +1,59 @@
+"""Pictures whose sides fit to each other: convolutions that wrap around where they would see zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ldm.errors import RequestError
+
+AXES: dict[str, tuple[int, ...]] = {"none": (), "both": (-1, -2), "x": (-1,), "y": (-2,)}  # of a b c h w tensor
+
+
+def seamless(tiling: str) -> AbstractContextManager[object]:
+    """While it is entered, padding wraps around: along x, y, both, or none. Raises RequestError for another word.
+
+    It changes how this thread evaluates convolutions (and the VAE's own padding), not the networks: enter it around
+    each evaluation of one, never around the yield of a generator, whose caller would be inside of it too.
+    """
+    if tiling not in AXES:
+        raise RequestError(f"tiling is {tiling!r}: use one of {', '.join(AXES)}")
+    return _Wrapping(AXES[tiling]) if AXES[tiling] else nullcontext()
+
+
+class _Wrapping(TorchFunctionMode):
+    def __init__(self, axes: tuple[int, ...]):
+        super().__init__()
+        self.axes = axes
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.conv2d and len(args) == 7:  # as nn.Conv2d calls it
+            x, weight, bias, stride, (height, width), dilation, groups = args
+            x = self._wrap(x, (width, width, height, height))
+            padding = (0 if -2 in self.axes else height, 0 if -1 in self.axes else width)
+            return func(x, weight, bias, stride, padding, dilation, groups)
+        if func is F.pad and len(args[1]) == 4:
+            x, sides = args
+            rest = [0 if axis in self.axes else side for axis, side in zip((-1, -1, -2, -2), sides, strict=True)]
+            return func(self._wrap(x, sides), rest, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _wrap(self, x: Tensor, sides: Sequence[int]) -> Tensor:
+        """`x` (b, c, h, w) enlarged on its tiled axes by pixels of the other side; `sides` is left, right, top, bottom.
+
+        F.pad's circular mode is not used, because its result is not in channels_last memory.
+        """
+        for axis, before, after in ((-1, *sides[:2]), (-2, *sides[2:])):
+            if axis in self.axes and before + after:
+                size = x.shape[axis]
+                parts = [x.narrow(axis, size - before, before), x, x.narrow(axis, 0, after)]
+                x = torch.cat(parts, dim=axis)
+        return x

@@ -1,0 +1,145 @@
+"""From networks and texts to a denoiser: what a sampler asks at each level, computed as few times as can be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.conditioning import Conditioning
+from ldm.diffusion import Denoise, Level, Prediction
+from ldm.diffusion.guidance import guide, guide_edit, rescale, threshold
+from ldm.diffusion.prediction import PREDICTION_TYPES
+from ldm.errors import RequestError
+from ldm.models.unet import KeyValue, UNet
+from ldm.request import Request
+from ldm.runtime.memory import first_that_fits
+from ldm.runtime.tiling import seamless
+
+log = logging.getLogger(__name__)
+
+
+class Branch(NamedTuple):
+    """What the U-Net is told of one picture, besides the picture as it is."""
+
+    context: Tensor  # (1, n, width)
+    beside: Tensor | None = None  # (1, c, h, w), more channels of its input
+
+
+class Predictor:
+    """The U-Net as a function of latents, level and branches. What is constant over the steps is computed once."""
+
+    def __init__(self, unet: UNet, prediction_type: str, levels: Sequence[Level], tiling: str = "none"):
+        self.unet, self.prediction_type, self.tiling = unet, prediction_type, tiling
+        weight = unet.conv_in.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        times = list(dict.fromkeys(level.t for level in levels))
+        self._shifts = dict(zip(times, self._embed(times), strict=True))
+        self._keys_values: dict[int, list[KeyValue]] = {}  # by the context they are made of
+
+    @torch.no_grad()
+    def _embed(self, times: Sequence[float]) -> list[tuple[Tensor, ...]]:
+        shifts = self.unet.embed_time(torch.tensor(times, device=self.device))
+        return list(zip(*(shift.split(1) for shift in shifts), strict=True))
+
+    def _shifts_at(self, t: float) -> tuple[Tensor, ...]:
+        if t not in self._shifts:  # a sampler that evaluates between the levels of its grid
+            [self._shifts[t]] = self._embed([t])
+        return self._shifts[t]
+
+    def _keys_values_of(self, context: Tensor) -> list[KeyValue]:
+        if id(context) not in self._keys_values:
+            self._keys_values[id(context)] = self.unet.embed_context(context.to(self.device, self.dtype))
+        return self._keys_values[id(context)]
+
+    @torch.no_grad()
+    def together(self, x: Tensor, level: Level, branches: Sequence[Branch]) -> list[Prediction]:
+        """A prediction for each branch, from one evaluation. Their contexts must have one length."""
+        batch = len(x)
+        keys_values = [
+            (
+                torch.cat([k.expand(batch, *k.shape[1:]) for k, _ in layer]),
+                torch.cat([v.expand(batch, *v.shape[1:]) for _, v in layer]),
+            )
+            for layer in zip(*(self._keys_values_of(branch.context) for branch in branches), strict=True)
+        ]
+        inputs = torch.cat([_with_channels(x, branch.beside) for branch in branches]).to(self.dtype)
+        with seamless(self.tiling):
+            outputs = self.unet.predict(inputs, self._shifts_at(level.t), keys_values).float().chunk(len(branches))
+        return [PREDICTION_TYPES[self.prediction_type](output, x, level) for output in outputs]
+
+    def apart(self, x: Tensor, level: Level, branches: Sequence[Branch]) -> list[Prediction]:
+        """The same, from an evaluation each."""
+        return [self.together(x, level, [branch])[0] for branch in branches]
+
+
+def _with_channels(x: Tensor, beside: Tensor | None) -> Tensor:
+    return x if beside is None else torch.cat([x, beside.expand(len(x), -1, -1, -1)], dim=1)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is to be drawn, and what not, by step; and what an inpainting or editing model sees beside the latents."""
+
+    positive: Conditioning
+    negative: Conditioning
+    beside: Tensor | None = None  # (1, c, h, w)
+    edits: bool = False  # InstructPix2Pix: guidance is by the picture beside, too
+
+
+def guided(predictor: Predictor, conditions: Conditions, request: Request, levels: Sequence[Level]) -> Denoise:
+    """The U-Net with guidance, over the levels of a run, from whose start the steps of prompts count."""
+    ask = first_that_fits({"guidance in one evaluation": predictor.together, "guidance in several": predictor.apart})
+    visited = levels[:-1]
+
+    def step_of(level: Level) -> int:
+        """The step during which a level is visited, be it one of the grid or one between two of them."""
+        return max(sum(before.ratio >= level.ratio * (1 - 1e-9) for before in visited) - 1, 0)
+
+    def predict(x: Tensor, level: Level, branches: Sequence[Branch]) -> list[Prediction]:
+        if len({branch.context.shape[1] for branch in branches}) > 1:
+            return predictor.apart(x, level, branches)
+        return ask(x, level, branches)
+
+    def denoise(x: Tensor, level: Level) -> Prediction:
+        step = step_of(level)
+        weights, contexts = zip(*conditions.positive.at(step), strict=True)
+        [(_, unconditional), *_] = conditions.negative.at(step)
+        conds = [Branch(context, conditions.beside) for context in contexts]
+        active = request.guidance_start <= step / len(visited) < request.guidance_end
+        scale = request.cfg_scale if active else 1.0
+        uncond = Branch(unconditional, conditions.beside)
+        if conditions.edits:
+            result, plain = _edited(predict(x, level, [_blind(uncond), uncond, *conds]), weights, scale, request)
+        elif scale == 1 and weights == (1.0,):
+            return predict(x, level, conds)[0]
+        else:
+            first, *predictions = predict(x, level, [uncond, *conds])
+            result, plain = (guide(first, predictions, weights, each) for each in (scale, 1.0))
+        if active and request.guidance_rescale:
+            result = rescale(result, plain, request.guidance_rescale, x, level, predictor.prediction_type)
+        if active and request.dynamic_threshold is not None:
+            result = threshold(result, plain, request.dynamic_threshold, x, level)
+        return result
+
+    return denoise
+
+
+def _blind(branch: Branch) -> Branch:
+    """Without the picture that is to be edited."""
+    assert branch.beside is not None
+    return Branch(branch.context, torch.zeros_like(branch.beside))
+
+
+def _edited(
+    predictions: Sequence[Prediction], weights: Sequence[float], scale: float, request: Request
+) -> tuple[Prediction, Prediction]:
+    """Guided by prompt and picture, and by neither. Raises RequestError for several prompts."""
+    if len(weights) > 1:
+        raise RequestError("a model that edits pictures takes one prompt: leave out AND")
+    nothing, image, both = predictions
+    return guide_edit(nothing, image, both, scale=scale * weights[0], image_scale=request.image_cfg_scale), both
