@@ -115,5 +115,15 @@ class ModelConfig:
                 f"the U-Net makes {unet.out_channels} latent channels, the VAE reads {vae.latent_channels}"
             )
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether the U-Net sees a mask and the masked image beside the latents: 9 channels."""
+        return self.unet.in_channels == 2 * self.vae.latent_channels + 1
+
+    @property
+    def edits(self) -> bool:
+        """Whether this is InstructPix2Pix, whose U-Net sees the initial image beside the latents: 8 channels."""
+        return self.unet.in_channels == 2 * self.vae.latent_channels
+
 
 SD_V1 = ModelConfig()

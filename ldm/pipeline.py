@@ -23,11 +23,9 @@ from ldm.canvas import Fitted, Source, multiples, open_canvas
 from ldm.checkpoint import load_model
 from ldm.checkpoint.sources import Choices
 from ldm.codec import Codec
-from ldm.conditioning import encode_prompt
 from ldm.config import ModelConfig
-from ldm.diffusion import Increment, Level, NoiseSchedule, Step, samplers
-from ldm.diffusion.inpainting import keep_known
-from ldm.editing import latent_mask
+from ldm.diffusion import Level, NoiseSchedule, Step
+from ldm.engine import Engine
 from ldm.errors import CheckpointError, RequestError
 from ldm.images import to_image, to_tensor
 from ldm.models.taesd import TAESD
@@ -38,8 +36,6 @@ from ldm.preview import Preview, find_preview, load_taesd
 from ldm.prompt import split_loras
 from ldm.request import DEFAULT_STRENGTH, SIZE_MULTIPLE, Request
 from ldm.runtime.device import pick_device, pick_dtype
-from ldm.runtime.noise import brownian_noise, seeded_noise
-from ldm.sampling import Conditions, Predictor, guided
 from ldm.trajectory import second_pass, trajectory, whole_grid
 
 log = logging.getLogger(__name__)
@@ -250,13 +246,14 @@ class StableDiffusion:
 
         A side that is not given is the model's, or the initial image's; given the other, it keeps the image's shape.
         """
-        if self.edits and image is None:
+        if self.config.edits and image is None:
             raise RequestError(f"{self.name} edits pictures: give an initial image")
-        if (image is None) != (request.strength is None) and not self.edits:
+        if (image is None) != (request.strength is None) and not self.config.edits:
             raise RequestError("strength and an initial image go together: give both or neither")
         if request.steps > self.config.schedule.timesteps:
             raise RequestError(f"steps is {request.steps}: this model has {self.config.schedule.timesteps} at most")
-        if self.config.unet.in_channels - self.config.vae.latent_channels not in (0, *self._channels_beside.values()):
+        plain = self.config.unet.in_channels == self.config.vae.latent_channels
+        if not (plain or self.config.inpaints or self.config.edits):
             raise RequestError(
                 f"{self.name} takes {self.config.unet.in_channels} channels, which no kind of model does that is known"
             )
@@ -271,21 +268,6 @@ class StableDiffusion:
         width, height = multiples((width, height))
         return replace(request, seed=request.seeds()[0], width=request.width or width, height=request.height or height)
 
-    @property
-    def _channels_beside(self) -> dict[str, int]:
-        """What models of other kinds see beside the latents: a mask and the masked image, or the image to edit."""
-        return {"inpaints": 1 + self.config.vae.latent_channels, "edits": self.config.vae.latent_channels}
-
-    @property
-    def inpaints(self) -> bool:
-        """Whether this is an inpainting model, whose U-Net sees mask and masked image: 9 channels."""
-        return self.config.unet.in_channels == self.config.vae.latent_channels + self._channels_beside["inpaints"]
-
-    @property
-    def edits(self) -> bool:
-        """Whether this is InstructPix2Pix, whose U-Net sees the initial image: 8 channels."""
-        return self.config.unet.in_channels == self.config.vae.latent_channels + self._channels_beside["edits"]
-
     def grid_length(self, request: Request) -> int:
         """How many steps a whole run of the request's sampler has, which may be more than were asked for."""
         return len(whole_grid(request, self.schedule)) - 1
@@ -298,14 +280,6 @@ class StableDiffusion:
     def levels(self, request: Request) -> list[Level]:
         """The noise levels a request goes through, the one it ends at included: one more than the steps it runs."""
         return trajectory(request, self.schedule)[1]
-
-    def _latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        side = self.config.vae.downsampling
-        return self.config.vae.latent_channels, height // side, width // side
-
-    @cached_property
-    def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule(self.config.schedule)
 
     def _prepare(self, request: Request, image: Source | None, mask: Source | None) -> tuple[Request, Fitted]:
         """The request, complete, and what it starts from. Raises RequestError and ImageError."""
@@ -332,7 +306,7 @@ class StableDiffusion:
         default = Request("")
         for wanting, names in {
             "a mask": OF_A_MASK if fitted.mask is None else (),
-            "a model that edits pictures": () if self.edits else ("image_cfg_scale",),
+            "a model that edits pictures": () if self.config.edits else ("image_cfg_scale",),
             "hires_scale": OF_HIRES if request.hires_scale == 1 else (),
             "variation_strength": () if request.variation_strength else ("variation_seed",),
         }.items():
@@ -340,110 +314,19 @@ class StableDiffusion:
                 log.warning("without effect, for want of %s: %s", wanting, ", ".join(idle))
 
     def _walk(self, request: Request, fitted: Fitted) -> Generator[Step, None, Tensor]:
-        """The steps of both passes, or of the one there is; answers with the latents at the end."""
-        latents = None if fitted.picture is None else self.encode(fitted.picture, request.tiling)
-        latents = yield from self._pass(request, fitted, latents if request.strength is not None else None)
-        if request.hires_scale > 1:
-            second = second_pass(request)
-            assert second.width is not None and second.height is not None
-            larger = Fitted(fitted.picture and fitted.picture.resize((second.width, second.height)))
-            latents = yield from self._pass(
-                second, larger, self._enlarge(latents, second), done=self.grid_length(request)
-            )
-        return latents
+        """The steps of a request, and then its latents, as long as the weights are those that it began with.
 
-    def _enlarge(self, latents: Tensor, request: Request) -> Tensor:
-        """Latents at the size of a request: interpolated, or encoded from enlarged pictures."""
-        assert request.width is not None and request.height is not None
-        if request.hires_upscaler == "latent":
-            size = self._latent_shape(request.width, request.height)[1:]
-            return torch.nn.functional.interpolate(latents, size, mode="bilinear")
-        pictures = (
-            picture.resize((request.width, request.height), Image.Resampling.LANCZOS)
-            for picture in self.decode(latents, request.tiling)
-        )
-        return torch.cat([self.encode(picture, request.tiling) for picture in pictures])
-
-    def _pass(
-        self, request: Request, fitted: Fitted, latents: Tensor | None, done: int = 0
-    ) -> Generator[Step, None, Tensor]:
-        """One run of the sampler, from noise or from clean latents (1 or b, 4, h, w), after `done` steps of another."""
-        assert request.width is not None and request.height is not None
-        start, levels = trajectory(request, self.schedule)
-        noise = seeded_noise(
-            request.seeds(), self._latent_shape(request.width, request.height), self.device, source=request.noise,
-            variation_seeds=request.variation_seeds(), variation_strength=request.variation_strength,
-            seed_shape=self._latent_shape(request.seed_width or request.width, request.seed_height or request.height),
-        )  # fmt: skip
-        x = noise()
-        mask = None if fitted.mask is None else latent_mask(fitted.mask, (x.shape[-2], x.shape[-1])).to(self.device)
-        if latents is None:
-            x = samplers.start(request.sampler, x, levels[0])
-        else:
-            _tell_steps(request, len(levels) - 1)
-            filled = latents = latents.expand_as(x)
-            if mask is not None and request.fill == "noise" and len(levels) > 1:
-                filled = latents + mask * (noise() - latents)
-            x = start.add_noise(filled, x) if len(levels) > 1 else latents
-        predictor = Predictor(self.unet, self.config.schedule.prediction_type, levels, request.tiling)
-        conditions = self._conditions(request, fitted, mask, done)
-        denoise = guided(predictor, conditions, request, levels)
-        if mask is not None and latents is not None and not self.inpaints:
-            denoise = keep_known(denoise, latents, mask)
-        increment = self._brownian(request) if request.brownian else None
-        steps = samplers.run(request.sampler, denoise, x, levels, noise, self.schedule, request.eta, increment)
-        for step in self._of_one_model(steps, self.adapters.active):
-            if step.level is levels[-1] and mask is not None and latents is not None:
-                step = replace(step, x=latents + mask * (step.x - latents))  # some end before the clean image
-            yield step
-            x = step.x
-        return x
-
-    def _brownian(self, request: Request) -> Increment:
-        """Over the levels of a whole run, as AUTOMATIC1111 has it, wherever an image starts."""
-        assert request.width is not None and request.height is not None
-        levels = whole_grid(request, self.schedule)
-        ratios = [min(level.ratio, self.schedule.ratios[-1]) for level in levels if level.ratio]
-        shape = self._latent_shape(request.width, request.height)
-        return brownian_noise(request.seeds(), shape, self.device, min(ratios), max(ratios))
-
-    def _of_one_model(self, steps: Iterator[Step], loras: tuple[Dose, ...]) -> Iterator[Step]:
-        """The steps, as long as the weights are those that the prompt was encoded with. Raises RequestError."""
+        Raises RequestError where LoRAs come or go meanwhile: the prompt was encoded with others.
+        """
+        loras, walk = self.adapters.active, self._engine.walk(request, fitted)
         while True:
             if self.adapters.active != loras:
                 raise RequestError("the LoRAs changed while a picture was being made: finish or close it first")
-            if (step := next(steps, None)) is None:
-                return
+            try:
+                step = next(walk)
+            except StopIteration as stop:
+                return stop.value
             yield step
-
-    def _conditions(self, request: Request, fitted: Fitted, mask: Tensor | None, done: int) -> Conditions:
-        """What to draw, and what not, over the steps, and what is beside it."""
-        positive, negative = (
-            encode_prompt(
-                self.text, split_loras(prompt)[0], self.grid_length(request), clip_skip=request.clip_skip,
-                emphasis=request.emphasis, negative=negative, done=done,
-            )
-            for prompt, negative in ((request.prompt, False), (request.negative_prompt, True))
-        )  # fmt: skip
-        return Conditions(positive, negative, self._beside(request, fitted, mask), self.edits)
-
-    def _beside(self, request: Request, fitted: Fitted, mask: Tensor | None) -> Tensor | None:
-        """What the U-Net sees beside the latents; an inpainting model's: 1 where it paints, and the rest."""
-        assert request.width is not None and request.height is not None
-        if self.edits:
-            assert fitted.picture is not None
-            return self.encode(fitted.picture, request.tiling) / self.config.vae.scale_factor
-        if not self.inpaints:
-            return None
-        pixels = torch.zeros(1, 3, request.height, request.width)  # grey all over where there is no image
-        painted = torch.ones(1, 1, request.height, request.width)
-        if fitted.picture is not None:
-            pixels = to_tensor(fitted.picture)
-            if fitted.mask is not None:
-                painted = (latent_mask(fitted.mask, (request.height, request.width)) >= 0.5).float()
-        side = self.config.vae.downsampling
-        known = self._codec.encode(pixels * (1 - painted), request.tiling)
-        return torch.cat([torch.nn.functional.max_pool2d(painted, side).to(self.device), known], dim=1)
 
     def encode(self, image: Image.Image, tiling: str = "none") -> Tensor:
         """RGB image, sides a multiple of 8 → the mode of its scaled latents (1, 4, height/8, width/8), float32."""
@@ -453,15 +336,15 @@ class StableDiffusion:
         """Scaled latents (b, 4, h, w) → pictures. Raises NumericalError."""
         return self._codec.decode(latents, tiling)
 
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self._engine.schedule
+
     @cached_property
     def _codec(self) -> Codec:
         taesd = self.taesd if self.taesd_finals else None
         return Codec(self.vae, self.config.vae.scale_factor, self.device, self.dtype, taesd)
 
-
-def _tell_steps(request: Request, run: int) -> None:
-    """How many steps there truly are on an initial image, where they are not those asked for."""
-    if run == 0:
-        log.warning("strength %s of %d steps is less than one: none is run", request.strength, request.steps)
-    elif run != request.steps:
-        log.info("running %d of %d steps, at strength %s", run, request.steps, request.strength)
+    @cached_property
+    def _engine(self) -> Engine:
+        return Engine(self.unet, self.text, self._codec, self.config, self.device)

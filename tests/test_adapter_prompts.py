@@ -137,7 +137,7 @@ def test_command_line(drawing, folder, tmp_path, capsys):
     assert run(capsys, "-p", tagged, *out, "--lora-dir", folder) == [draw(drawing, tagged)]
     assert run(capsys, "-p", tagged, *out, "--lora", f"{style}:0") == [draw(drawing, tagged)]
     prompts = [read_request(path).prompt for path in sorted((tmp_path / "o").iterdir())]
-    assert prompts == [f"{PROMPT} <lora:style:0.2:0.8> <lora:other:1:1>", tagged, tagged]
+    assert prompts == [f"{PROMPT} <lora:style:0.2:0.8> <lora:other:1.0:1.0>", tagged, tagged]
     assert draw(drawing, prompts[0]) == expected
 
 

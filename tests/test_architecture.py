@@ -16,6 +16,7 @@ FLOORS = [
     {"ldm.checkpoint", "ldm.hub", "ldm.runtime", "ldm.request", "ldm.editing"},
     {"ldm.adapters", "ldm.preview", "ldm.conditioning"},
     {"ldm.canvas", "ldm.codec", "ldm.sampling", "ldm.trajectory", "ldm.metadata"},
+    {"ldm.engine"},
     {"ldm.pipeline"},
     {"ldm.cli"},
     {"ldm.__main__"},

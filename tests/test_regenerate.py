@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import SHIPPED
+from lora_files import lora, saved
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from test_pipeline import PROMPT
 
 from ldm import Request, metadata
 from ldm.cli import main
@@ -134,3 +136,12 @@ def test_a_picture_without_a_request_is_refused_before_anything_slow(capsys, tmp
     assert "carries no request" in capsys.readouterr().err
     assert main(["regenerate", str(tmp_path / "absent.png")]) == 1
     assert "no such image" in capsys.readouterr().err
+
+
+def test_the_strength_in_the_picture_counts(sd, tmp_path, capsys, caplog):
+    """Not that of a --lora, which only tells where the file is."""
+    ink, flags = saved(tmp_path, lora(sd), "ink.safetensors"), [*EXACT, "--outdir", tmp_path]
+    [path] = make(capsys, "txt2img", "-p", PROMPT, "-s", 3, "--seed", 1, "--lora", f"{ink}:0.5", *flags)
+    [again] = make(capsys, "regenerate", path, "--lora", f"{ink}:1", *flags)
+    assert "names ink at 0.5, which counts" in caplog.text
+    assert Image.open(again).tobytes() == Image.open(path).tobytes()

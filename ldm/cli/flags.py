@@ -140,7 +140,7 @@ def check_adapters(args: argparse.Namespace, requests: Iterable[Request]) -> Non
 
 def with_strength(request: Request, args: argparse.Namespace, sd: StableDiffusion) -> Request:
     """With img2img's default, unless the model edits pictures, which it starts from noise."""
-    if args.init_img is None or request.strength is not None or sd.edits:
+    if args.init_img is None or request.strength is not None or sd.config.edits:
         return request
     return replace(request, strength=DEFAULT_STRENGTH)
 

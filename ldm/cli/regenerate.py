@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli.flags import Outputs, add_model_flags, add_output_flags, check_adapters, load
 from ldm.errors import RequestError, printable
+from ldm.prompt import split_loras
 
 if TYPE_CHECKING:
     from ldm.metadata import Origin
@@ -41,6 +42,10 @@ def run(args: argparse.Namespace) -> None:
     origin = metadata.read_origin(args.image)
     _check_pictures(args, origin)
     check_adapters(args, [origin.request])
+    given = {path.stem for path, *_ in args.lora}
+    for tag in split_loras(origin.request.prompt)[1]:
+        if tag.name in given:
+            log.info("%s: names %s at %s, which counts, not --lora's strength", args.image, tag.name, tag.unet)
     init_image = images.load_image(args.init_img) if args.init_img else None
     sd = load(args)
     _compare_models(args, origin, sd.name)
