@@ -39,7 +39,7 @@ class Predictor:
         self.device, self.dtype = weight.device, weight.dtype
         times = list(dict.fromkeys(level.t for level in levels))
         self._shifts = dict(zip(times, self._embed(times), strict=True))
-        self._keys_values: dict[int, list[KeyValue]] = {}  # by the context they are made of
+        self._keys_values: dict[tuple[int, ...], list[KeyValue]] = {}  # by batch size and the contexts they are made of
 
     @torch.no_grad()
     def _embed(self, times: Sequence[float]) -> list[tuple[Tensor, ...]]:
@@ -51,22 +51,21 @@ class Predictor:
             [self._shifts[t]] = self._embed([t])
         return self._shifts[t]
 
-    def _keys_values_of(self, context: Tensor) -> list[KeyValue]:
-        if id(context) not in self._keys_values:
-            self._keys_values[id(context)] = self.unet.embed_context(context.to(self.device, self.dtype))
-        return self._keys_values[id(context)]
+    def _keys_values_of(self, contexts: Sequence[Tensor], batch: int) -> list[KeyValue]:
+        """Those of all contexts, each for a whole batch; the caller keeps the contexts, whose identity tells them."""
+        key = (batch, *map(id, contexts))
+        if key not in self._keys_values:
+            states = torch.cat([context.to(self.device, self.dtype) for context in contexts])
+            self._keys_values[key] = [
+                (k.repeat_interleave(batch, dim=0), v.repeat_interleave(batch, dim=0))
+                for k, v in self.unet.embed_context(states)
+            ]
+        return self._keys_values[key]
 
     @torch.no_grad()
     def together(self, x: Tensor, level: Level, branches: Sequence[Branch]) -> list[Prediction]:
         """A prediction for each branch, from one evaluation. Their contexts must have one length."""
-        batch = len(x)
-        keys_values = [
-            (
-                torch.cat([k.expand(batch, *k.shape[1:]) for k, _ in layer]),
-                torch.cat([v.expand(batch, *v.shape[1:]) for _, v in layer]),
-            )
-            for layer in zip(*(self._keys_values_of(branch.context) for branch in branches), strict=True)
-        ]
+        keys_values = self._keys_values_of([branch.context for branch in branches], len(x))
         inputs = torch.cat([_with_channels(x, branch.beside) for branch in branches]).to(self.dtype)
         with seamless(self.tiling):
             outputs = self.unet.predict(inputs, self._shifts_at(level.t), keys_values).float().chunk(len(branches))
@@ -106,6 +105,7 @@ def guided(predictor: Predictor, conditions: Conditions, request: Request, level
         return ask(x, level, branches)
 
     def denoise(x: Tensor, level: Level) -> Prediction:
+        """The guided prediction: of as many evaluations of the U-Net as there are branches, or of one."""
         step = step_of(level)
         weights, contexts = zip(*conditions.positive.at(step), strict=True)
         [(_, unconditional), *_] = conditions.negative.at(step)

@@ -166,6 +166,11 @@ def load(args: argparse.Namespace) -> StableDiffusion:
     return sd
 
 
+def vae_name(args: argparse.Namespace) -> str | None:
+    """Of the one that stands in for the model's, where there is one."""
+    return None if args.vae is None else Path(args.vae).stem
+
+
 class Outputs:
     """The folder that pictures go to, under numbered names that are never written over. Raises OSError."""
 
@@ -193,7 +198,7 @@ class Outputs:
         """With the request that makes it again, LoRAs that the command line named as tags of the prompt."""
         from ldm.metadata import save_image
 
-        vae = None if self.args.vae is None else Path(self.args.vae).stem
+        vae = vae_name(self.args)
         write = partial(
             save_image, image=image, request=self._recorded(request), steps=steps, model=self.model, vae=vae,
             metadata=not self.args.no_metadata, masked=masked,

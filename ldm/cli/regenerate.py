@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.flags import Outputs, add_model_flags, add_output_flags, check_adapters, load
+from ldm.cli.flags import Outputs, add_model_flags, add_output_flags, check_adapters, load, vae_name
 from ldm.errors import RequestError, printable
 from ldm.prompt import split_loras
 
@@ -68,7 +68,7 @@ def _check_pictures(args: argparse.Namespace, origin: Origin) -> None:
 
 def _compare_models(args: argparse.Namespace, origin: Origin, loaded: str) -> None:
     """Tell where the picture names another model, or another VAE, than the ones at hand."""
-    vae = None if args.vae is None else Path(args.vae).stem
+    vae = vae_name(args)
     for what, flag, named, used in (("model", "--model", origin.model, loaded), ("VAE", "--vae", origin.vae, vae)):
         if named and named != used:
             log.warning(

@@ -38,6 +38,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
+    """The nodes of a workflow, by their names."""
+
     nodes: dict[str, Node]
 
     def linked(self, value: object) -> Node | None:
