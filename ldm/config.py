@@ -92,7 +92,7 @@ class ScheduleConfig:
     beta_schedule: str = "scaled_linear"  # or "linear", "cosine"
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    prediction_type: str = "epsilon"  # or "v_prediction"
+    prediction_type: str = "epsilon"  # or "v_prediction", or "sample": x0
     zero_terminal_snr: bool = False  # whether the betas are rescaled so that no signal is left at the last timestep
 
 

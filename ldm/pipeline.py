@@ -90,8 +90,9 @@ class StableDiffusion:
         """From a single file or a diffusers folder; the shipped model where no path is given.
 
         vae, text_encoder: a file or folder whose network to use instead of the model's own.
-        ema: take the EMA weights of the U-Net. prediction_type: epsilon or v_prediction, and zero_terminal_snr: whether
-        to rescale the noise schedule so that it ends at pure noise; None leaves both to what the file tells.
+        ema: take the EMA weights of the U-Net. prediction_type: epsilon, v_prediction or sample (x0), and
+        zero_terminal_snr: whether to rescale the noise schedule so that it ends at pure noise; None leaves both to what
+        the file tells.
         allow_nonfinite: load weights that are NaN or infinite. config: overrides all that the file tells (single files
         do not tell the number of heads). device: auto, cpu, cuda, cuda:N, mps. dtype: auto, float32, float16, bfloat16.
         lora_folders: where to look for the LoRAs that prompts name. taesd: a file of TAESD's decoder, for previews;

@@ -18,6 +18,7 @@ FLOORS = [
     {"ldm.canvas", "ldm.codec", "ldm.sampling", "ldm.trajectory", "ldm.metadata"},
     {"ldm.engine"},
     {"ldm.pipeline"},
+    {"ldm.train"},
     {"ldm.cli"},
     {"ldm.__main__"},
 ]

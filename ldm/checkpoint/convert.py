@@ -99,18 +99,23 @@ def convert(source: Path, target: Path, choices: Choices = Choices(), conversion
     a time. Raises CheckpointError and RequestError, and then has written nothing.
     """
     checkpoint = open_checkpoint(source, choices, sidecar_vae=False)
+    in_place = target.resolve() == source.resolve()
+    write_checkpoint(checkpoint, target, replace(conversion, overwrite=conversion.overwrite or in_place))
+
+
+def write_checkpoint(checkpoint: Checkpoint, target: Path, conversion: Conversion) -> None:
+    """What `convert` does once the source is open."""
     single = target.suffix == ".safetensors"
     if not single and get_close_matches(target.suffix.lower(), FILES):
         raise RequestError(f"{target}: only .safetensors files are written, or folders; choose another name")
     target = target.resolve()  # what a link stands for is replaced, not the link
-    overwrite = conversion.overwrite or target == source.resolve()
-    _check_target(target, single, overwrite)
+    _check_target(target, single, conversion.overwrite)
     files = _plan_single(checkpoint, conversion) if single else _plan_folder(checkpoint, conversion)
     _report(checkpoint, conversion, single)
     size = sum(output.nbytes for file in files.values() for output in file.tensors)
     with (
         made_folder(target.parent),
-        (staged_file if single else staged_folder)(target, overwrite) as staged,
+        (staged_file if single else staged_folder)(target, conversion.overwrite) as staged,
         tqdm(total=size * (1 + conversion.verify), unit="B", unit_scale=True, desc=target.name) as bar,
     ):
         if size > (free := shutil.disk_usage(target.parent).free):
@@ -208,7 +213,7 @@ def _plan_single(checkpoint: Checkpoint, conversion: Conversion) -> dict[str, Fi
 def _untold(checkpoint: Checkpoint) -> dict[str, str]:
     """Metadata for what a single file's names and shapes would not tell a reader."""
     parts = {name: part.read_config() for name, part in checkpoint.parts.items()}
-    plain = {name: replace(part, json=None, hints={}).read_config() for name, part in checkpoint.parts.items()}
+    plain = {name: _of_shapes(part) for name, part in checkpoint.parts.items()}
     image_size = read_config(checkpoint).image_size if len(parts) == len(LABELS) else SD_V1.image_size
     metadata = {}
     differs = (parts, checkpoint.schedule, image_size) != (plain, SD_V1.schedule, SD_V1.image_size)
@@ -223,6 +228,14 @@ def _untold(checkpoint: Checkpoint) -> dict[str, str]:
     if "text" in parts and (tables := read_vocabulary(checkpoint.tokenizer, checkpoint.path)) != shipped_vocabulary():
         metadata[TOKENIZER_KEY] = json.dumps({"model": {"vocab": tables[0], "merges": tables[1]}}, ensure_ascii=False)
     return metadata
+
+
+def _of_shapes(part: Part) -> Any:
+    """The config that a reader would guess; None where there is none that fits."""
+    try:
+        return replace(part, json=None, hints={}).read_config()
+    except CheckpointError:
+        return None
 
 
 def _plan_folder(checkpoint: Checkpoint, conversion: Conversion) -> dict[str, File]:

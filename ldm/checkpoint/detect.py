@@ -334,7 +334,7 @@ def schedule_from_json(json: Json, where: str) -> ScheduleConfig:
 
 
 # What CompVis's YAML files and the modelspec in a file's metadata call the prediction types.
-PARAMETERIZATIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction"}
+PARAMETERIZATIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 def schedule_from_yaml(yaml: Json, where: str) -> dict[str, Any]:

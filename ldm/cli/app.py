@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ldm import __version__
-from ldm.cli import convert, download, generate, inspect, plot, regenerate, tokenize
+from ldm.cli import convert, download, generate, inspect, plot, regenerate, tokenize, train
 from ldm.errors import LdmError, RequestError, is_out_of_memory
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     plot.add_commands(commands)
     regenerate.add_commands(commands)
     tokenize.add_commands(commands)
+    train.add_commands(commands)
     return parser
 
 

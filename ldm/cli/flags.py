@@ -74,7 +74,9 @@ def add_model_choices(group: Any) -> None:
     group.add_argument("--vae", metavar="PATH", help="a file or folder whose VAE to use instead of the model's")
     group.add_argument("--text-encoder", metavar="PATH", help="a file or folder whose text encoder to use instead")
     group.add_argument("--ema", action="store_true", help="use the EMA weights of the U-Net")
-    group.add_argument("--prediction-type", metavar="TYPE", help="epsilon or v_prediction (default: the file tells)")
+    group.add_argument(
+        "--prediction-type", metavar="TYPE", help="epsilon, v_prediction or sample (default: the file tells)"
+    )
     group.add_argument(
         "--zero-terminal-snr",
         action=argparse.BooleanOptionalAction,

@@ -1,4 +1,4 @@
-"""What a network's output means: eps (DDPM, arXiv:2006.11239) or v (Salimans & Ho 2022, arXiv:2202.00512)."""
+"""What a network's output means: eps (DDPM, arXiv:2006.11239), v or x0 (Salimans & Ho 2022, arXiv:2202.00512)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ def from_v(output: Tensor, x: Tensor, level: Level) -> Prediction:
     )
 
 
+def from_x0(output: Tensor, x: Tensor, level: Level) -> Prediction:
+    return Prediction(x0=output, eps=(x - level.alpha * output) / level.sigma)
+
+
 PREDICTION_TYPES: dict[str, Callable[[Tensor, Tensor, Level], Prediction]] = {
     "epsilon": from_epsilon,
     "v_prediction": from_v,
+    "sample": from_x0,  # diffusers' name for x0
 }
 
 

@@ -29,8 +29,11 @@ class DiagonalGaussian:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """One draw; the noise is float32 on the CPU, so that a seed means the same on every device."""
-        noise = torch.randn(self.mean.shape, generator=generator).to(self.mean)
-        return self.mean + (0.5 * self.logvar).exp() * noise
+        return self.at(torch.randn(self.mean.shape, generator=generator))
+
+    def at(self, noise: Tensor) -> Tensor:
+        """The draw that standard normal noise of the mean's shape stands for."""
+        return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean)
 
     def kl(self) -> Tensor:
         """KL(q ‖ N(0, 1)) in nats, summed over each latent: (b,)."""

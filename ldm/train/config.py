@@ -1,0 +1,302 @@
+"""One TOML file a run: what is trained, from what, on what, how. Unknown keys, wrong types and wrong values are errors.
+
+    task = "diffusion"
+    folder = "runs/cats"
+    model = "v1-5.safetensors"
+    [data]
+    source = "pictures"
+
+`--set section.key=value` changes a value from the command line. docs/training.md explains each key by example.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ldm.config import ModelConfig
+from ldm.errors import RequestError
+from ldm.request import Request
+
+TASKS = ("vae", "diffusion")
+METHODS = ("full", "lora", "textual_inversion")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r:.50}: use one of {', '.join(choices)}")
+
+
+def _check_least(least: float, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} is {value}: use {least:g} or more")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where pictures and captions come from, and what is cut out of them."""
+
+    source: str  # "shapes", a folder of pictures, or WebDataset shards: "data/{000..009}.tar"
+    count: int | None = None  # scenes of an epoch, where the source is "shapes"
+    seed: int = 0  # of the world, where the source is "shapes"
+    caption: str | None = None  # of pictures that have none
+    side: int = 512  # pixels; with buckets, the square root of their area
+    crop: int | None = None  # side of a random part to cut out of each picture, for the VAE
+    flip: bool = False  # mirror half of the pictures
+    buckets: bool = False  # several aspect ratios; else squares cut from the middle
+    workers: int = 2  # processes that read pictures
+
+    def __post_init__(self) -> None:
+        _check_least(1, count=self.count, side=self.side, crop=self.crop)
+        _check_least(0, workers=self.workers)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW (arXiv:1711.05101), with a warm-up, then constant or along half a cosine to zero."""
+
+    learning_rate: float = 1e-4
+    decay: str = "constant"  # of the learning rate; or "cosine"
+    warmup: int = 0  # steps
+    betas: tuple[float, ...] = (0.9, 0.999)  # two
+    weight_decay: float = 0.01
+    clip: float = 1.0  # the largest norm of all gradients together
+
+    def __post_init__(self) -> None:
+        _check_choice("decay", self.decay, ("constant", "cosine"))
+        _check_least(0, learning_rate=self.learning_rate, warmup=self.warmup, weight_decay=self.weight_decay)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}: use two numbers from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How long, in what portions, and how often to save and to look."""
+
+    steps: int
+    batch_size: int = 4  # of a step, over all processes
+    micro_batch: int | None = None  # what one process takes at once; gradients of the rest are added up
+    precision: str = "float32"  # that networks compute in; what is trained is float32
+    ema_decay: float | None = None  # of the exponential moving average of the weights; none where not given
+    gradient_checkpointing: bool = False  # compute activations twice rather than keep them
+    save_every: int = 1000  # steps
+    sample_every: int = 1000  # steps
+    log_every: int = 10  # steps
+
+    def __post_init__(self) -> None:
+        _check_choice("precision", self.precision, PRECISIONS)
+        _check_least(1, steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
+        _check_least(1, save_every=self.save_every, sample_every=self.sample_every, log_every=self.log_every)
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}: use 0 to below 1")
+
+
+@dataclass(frozen=True)
+class VAELoss:
+    """The weights of the autoencoder's terms; those of pictures are means over pixels in [-1, 1]."""
+
+    l1: float = 1.0
+    l2: float = 0.0
+    kl: float = 1e-6  # of the mean over latents, in nats
+    perceptual: float = 0.0
+    adversarial: float = 0.0  # times the adaptive weight of arXiv:2012.09841, equation 7
+    adversarial_start: int = 0  # step
+
+    def __post_init__(self) -> None:
+        _check_least(0, **{f.name: getattr(self, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """What the U-Net learns."""
+
+    method: str = "full"  # "lora" and "textual_inversion" leave the model's own weights as they are
+    train_text: bool = False  # the text encoder too
+    caption_dropout: float = 0.1  # how often the caption is left out, for classifier-free guidance
+    min_snr: float | None = None  # gamma of arXiv:2303.09556; 5 is usual
+    offset_noise: float = 0.0  # deviation of noise that is equal over a channel; 0.1 is usual
+    inpaint: bool = False  # with a mask and the picture around it beside the latents: 9 channels
+    cache: bool = False  # encode pictures once, before the first step, and not at each
+    prediction_type: str | None = None  # of the result, where that of the model is to change
+    zero_terminal_snr: bool | None = None
+    vae: str | None = None  # a file or folder whose VAE to use, where there is no model
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        if self.prediction_type is not None:
+            _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        _check_least(0, min_snr=self.min_snr, offset_noise=self.offset_noise)
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout is {self.caption_dropout}: use 0 to 1")
+
+
+@dataclass(frozen=True)
+class Lora:
+    rank: int = 8
+    alpha: float = 8.0
+    layers: str = "attention"  # or "attention+conv"
+    layout: str = "kohya"  # of the file; or "peft"
+
+    def __post_init__(self) -> None:
+        _check_least(1, rank=self.rank)
+        _check_choice("layers", self.layers, ("attention", "attention+conv"))
+        _check_choice("layout", self.layout, ("kohya", "peft"))
+
+
+@dataclass(frozen=True)
+class Inversion:
+    token: str = ""  # the new word
+    initial: str | None = None  # words whose embeddings it starts from
+    vectors: int = 1
+    layout: str = "diffusers"  # of the file; or "automatic1111"
+
+    def __post_init__(self) -> None:
+        _check_least(1, vectors=self.vectors)
+        _check_choice("layout", self.layout, ("diffusers", "automatic1111"))
+
+
+@dataclass(frozen=True)
+class Prior:
+    """DreamBooth's prior preservation (arXiv:2208.12242): pictures of the class, made by the model before it learns."""
+
+    prompts: tuple[str, ...] = ()  # ("a photo of a dog",); several are taken in turn; no prior where there is none
+    count: int = 100
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_least(1, count=self.count)
+        _check_least(0, weight=self.weight)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures that are drawn while training: the same prompts and seeds each time."""
+
+    prompts: tuple[str, ...] = ()
+    seed: int = 0
+    steps: int = 25
+    cfg_scale: float = 7.5
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run. Raises RequestError for what does not go together."""
+
+    task: str
+    folder: str  # where everything goes
+    data: Data
+    loop: Loop
+    seed: int = 0
+    model: str | None = None  # a file or folder to start from; without it, `networks` are built anew
+    output: str = "model.safetensors"  # of the result, in `folder`; a diffusers folder under a name without suffix
+    output_dtype: str = "float32"
+    networks: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    vae: VAELoss = field(default_factory=VAELoss)
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    lora: Lora = field(default_factory=Lora)
+    inversion: Inversion = field(default_factory=Inversion)
+    prior: Prior = field(default_factory=Prior)
+    samples: Samples = field(default_factory=Samples)
+
+    def __post_init__(self) -> None:
+        _check_choice("task", self.task, TASKS)
+        _check_choice("output_dtype", self.output_dtype, PRECISIONS)
+        method = self.diffusion.method
+        if method != "full" and self.model is None:
+            raise ValueError(f"diffusion.method is {method!r}, which changes a model: give one with model")
+        if method == "textual_inversion" and not self.inversion.token:
+            raise ValueError("diffusion.method is 'textual_inversion': give its new word with inversion.token")
+        if self.diffusion.cache and self.data.flip:
+            raise ValueError("diffusion.cache and data.flip do not go together: a picture has one encoding")
+        for prompt in self.samples.prompts:
+            Request(prompt, steps=self.samples.steps, cfg_scale=self.samples.cfg_scale)
+
+
+def read_train_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
+    """The config in a TOML file, with `changes` of the form "section.key=value". Raises RequestError."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        for change in changes:
+            _apply(table, change, tomllib.loads)
+    except FileNotFoundError as error:
+        raise RequestError(f"{path}: no such config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: not TOML ({error})") from error
+    return _build(TrainConfig, table, str(path))
+
+
+def _apply(table: dict[str, Any], change: str, parse: Any) -> None:
+    """Set what "a.b=value" says; the value is TOML, or else a bare string."""
+    key, equals, text = change.partition("=")
+    if not equals:
+        raise RequestError(f"--set {change!r:.100}: use key=value, such as loop.steps=100")
+    try:
+        value = parse(f"value = {text}")["value"]
+    except ValueError:
+        value = text.strip()
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise RequestError(f"--set {change!r:.100}: {section} is no section")
+    table[name] = value
+
+
+def _build(kind: Any, table: dict[str, Any], where: str) -> Any:
+    """A dataclass from a TOML table. Raises RequestError."""
+    types_of = get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}
+    if unknown := [name for name in table if name not in known]:
+        raise RequestError(f"{where}: unknown key {unknown[0]!r:.100}; known are {', '.join(known)}")
+    required = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
+    if absent := [name for name in required if name not in table]:
+        raise RequestError(f"{where}: {absent[0]} is missing")
+    values = {name: _value(types_of[name], value, f"{where}: {name}") for name, value in table.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise RequestError(f"{where}: {error}") from error
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise RequestError(f"{where} is {value!r:.50}: use a section")
+        return _build(kind, value, where)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_value(get_args(kind)[0], each, where) for each in value)
+    alternatives = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if float in alternatives and type(value) is int:
+        return float(value)
+    if type(value) not in alternatives:
+        names = [getattr(each, "__name__", str(each)) for each in alternatives if each is not type(None)]
+        raise RequestError(f"{where} is {value!r:.50}: use {' or '.join(names)}")
+    return value
+
+
+def to_toml(config: TrainConfig) -> str:
+    """What `read_train_config` reads as the same config, defaults included."""
+    import tomli_w
+
+    return tomli_w.dumps(_table(config))
+
+
+def _table(config: Any) -> dict[str, Any]:
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    return {
+        name: _table(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+        if value is not None
+    }

@@ -1,0 +1,366 @@
+"""What training learns from, and in which order: captioned pictures, the batches of every step, and their sizes.
+
+Broken pictures are found as early as is cheap, left out, counted and named: one in a million ends no run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import BinaryIO, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base as Tag
+
+from ldm.checkpoint.files import parse_json
+from ldm.errors import CheckpointError, ImageError, RequestError, printable
+from ldm.images import FORMATS, load_image
+from ldm.train.shapes import Scene, draw_scene
+from ldm.train.shards import (
+    METADATA,
+    MOST_CAPTION_BYTES,
+    PICTURES,
+    Files,
+    Span,
+    caption_in,
+    find_shards,
+    folder_files,
+    shard_files,
+    some,
+)
+
+log = logging.getLogger(__name__)
+
+MOST_PICTURE_BYTES = 256 << 20  # what Pillow's limit of 89 megapixels has at most, uncompressed
+
+Size = tuple[int, int]  # width, height
+
+
+@dataclass(frozen=True)
+class Example:
+    """An RGB picture, upright, its caption, and what messages call it."""
+
+    image: Image.Image
+    caption: str
+    name: str
+
+
+class Examples(Protocol):
+    """Captioned pictures in a fixed order. `broken` tells of each that was found to be broken why."""
+
+    @property
+    def broken(self) -> Mapping[str, str]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """Raises ImageError where the picture is broken, which `load_example` gets over."""
+
+    def size(self, index: int) -> Size:
+        """(width, height) of the picture, upright, without decoding it."""
+
+    def name(self, index: int) -> str: ...
+
+    def caption(self, index: int) -> str: ...
+
+    def summary(self) -> str:
+        """One line: how many there are, which are broken."""
+
+
+def open_examples(
+    source: str, *, seed: int = 0, count: int | None = None, side: int = 128, caption: str | None = None
+) -> Examples:
+    """The pictures and captions of a source. Raises RequestError where there are none, or none that is whole.
+
+    source: "shapes", the world of ldm.train.shapes, of which the seed's first `count` scenes are drawn, side×side
+    pixels (these three arguments are of use for nothing else); or a folder, with all below it; or WebDataset
+    shards, as a path, a glob (*.tar) or a brace pattern ({000..009}.tar).
+
+    A caption is in a line {"file_name": ..., "text": ...} of a metadata.jsonl in the picture's folder or one above it,
+    or else in NAME.txt beside the picture; in shards in KEY.txt, or else in KEY.json under "text" or "caption".
+    `caption` is for pictures that have none, or an empty one; without it they are an error. Hidden files are skipped.
+    """
+    if source == "shapes":
+        return Shapes(seed, count, side)
+    if count is not None:
+        raise RequestError(f"{printable(source)}: count is for shapes only; a source on disk has as many as it has")
+    if os.path.isdir(source):
+        return Pictures(source, folder_files(Path(source)), caption)
+    if ".tar" in source:
+        return Pictures(source, (f for path in find_shards(source) for f in shard_files(path)), caption)
+    raise RequestError(f"{printable(source)}: no such folder; give shapes, a folder of pictures, or shards (*.tar)")
+
+
+def load_example(examples: Examples, index: int) -> Example:
+    """Example `index`, or in place of one whose picture is broken the next that is whole, with its own caption.
+
+    Raises RequestError where all are broken.
+    """
+    for step in range(len(examples)):
+        try:
+            return examples[(index + step) % len(examples)]
+        except ImageError:
+            continue  # it has been logged and counted
+    raise RequestError(examples.summary())
+
+
+class Shapes:
+    """Scenes 0 … count - 1 of the shapes world's training split."""
+
+    def __init__(self, seed: int, count: int | None, side: int):
+        if count is None or count < 1 or side < 8:
+            raise RequestError(
+                f"shapes: expected a count of scenes (1 or more) and a side of 8 pixels or more, got {count} and {side}"
+            )
+        self.seed, self.count, self.side = seed, count, side
+        self.broken: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(self._scene(index).draw(self.side), self.caption(index), self.name(index))
+
+    def size(self, index: int) -> Size:
+        return self.side, self.side
+
+    def name(self, index: int) -> str:
+        return f"shapes {index}"
+
+    def caption(self, index: int) -> str:
+        return self._scene(index).caption(Random(f"{self.seed} {index}"))
+
+    def _scene(self, index: int) -> Scene:
+        return draw_scene(self.seed, range(self.count)[index], "train")
+
+    def summary(self) -> str:
+        return f"{self.count:,} scenes of the shapes world"
+
+
+# ------------------------------------------------------------------------------------------------- pictures on disk
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture whose header has been read, and its caption."""
+
+    name: str
+    picture: Span
+    size: Size
+    caption: str
+
+
+class Pictures:
+    """Pictures in files. All headers and captions are read at the start; what is broken is left out and told."""
+
+    def __init__(self, source: str, found: Iterable[Files], caption: str | None = None):
+        self.source, self.broken = printable(source), dict[str, str]()
+        self.items: list[Item] = []
+        for files in found:
+            try:
+                self.items.append(_item(files, caption))
+            except ImageError as error:
+                self.broken[files.name] = str(error)
+        self.found = len(self.items) + len(self.broken)
+        if not self.items:
+            raise RequestError(self.summary())
+        if bare := [item.name for item in self.items if not item.caption and caption is None]:
+            raise RequestError(
+                f"{self.source}: {len(bare):,} of {self.found:,} pictures have no caption ({some(bare)}): add them "
+                f"(NAME.txt, or a line in {METADATA}), or give one caption for all that have none"
+            )
+        log.log(logging.WARNING if self.broken else logging.INFO, "%s", self.summary())
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Example:
+        item = self.items[index]
+        try:
+            with item.picture.open(MOST_PICTURE_BYTES) as file:
+                return Example(_decoded(_open(file)), item.caption, item.name)
+        except ImageError as error:
+            message = f"{printable(item.name)}: {error}"
+            if item.name not in self.broken:
+                log.warning("%s; the next picture takes its place", message)
+                self.broken[item.name] = str(error)
+            raise ImageError(message) from error
+
+    def size(self, index: int) -> Size:
+        return self.items[index].size
+
+    def name(self, index: int) -> str:
+        return self.items[index].name
+
+    def caption(self, index: int) -> str:
+        return self.items[index].caption
+
+    def summary(self) -> str:
+        if not self.found:
+            return f"{self.source}: no pictures in it (.{', .'.join(PICTURES)})"
+        if not self.broken:
+            return f"{self.source}: {self.found:,} pictures"
+        reasons = some([f"{printable(name)} ({reason})" for name, reason in self.broken.items()])
+        return f"{self.source}: {len(self.broken):,} of {self.found:,} pictures are broken and left out: {reasons}"
+
+
+def _item(files: Files, default: str | None) -> Item:
+    """Raises ImageError with the bare reason, without the name."""
+    picture = _usable(files.picture)
+    with picture.open(MOST_PICTURE_BYTES) as file:
+        size = _upright_size(_open(file))
+    caption = files.listed
+    if not caption and files.text is not None:
+        caption = _text(files.text)
+    if not caption and files.json is not None:
+        try:
+            caption = caption_in(parse_json(_text(files.json), "the JSON beside it"))
+        except CheckpointError as error:
+            raise ImageError(str(error)) from error
+    return Item(files.name, picture, size, caption or default or "")
+
+
+def _usable(span: Span | str) -> Span:
+    if isinstance(span, str):
+        raise ImageError(span)
+    return span
+
+
+def _text(span: Span | str) -> str:
+    with _usable(span).open(MOST_CAPTION_BYTES) as file:
+        try:
+            return file.read().decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise ImageError("its caption is not text in UTF-8") from error
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """A picture of which no more than the header has been read. Raises ImageError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # as in ldm.images.open_image
+            return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"not a readable image; use one of {', '.join(FORMATS)}") from error
+    except Exception as error:  # decoders of damaged files raise anything
+        raise ImageError(f"not a readable image ({printable(str(error))})") from error
+
+
+def _upright_size(header: Image.Image) -> Size:
+    """The size that `load_image` will give a picture. Raises ImageError."""
+    try:
+        exif = Image.Image.getexif(header)  # PNG's own would decode it all
+    except Exception as error:  # as above
+        raise ImageError(f"not a readable image ({printable(str(error))})") from error
+    # Some versions of Pillow turn the size of a TIFF as soon as it is opened.
+    size = (exif[Tag.ImageWidth], exif[Tag.ImageLength]) if header.format == "TIFF" else header.size
+    return size[::-1] if exif.get(Tag.Orientation) in (5, 6, 7, 8) else size
+
+
+def _decoded(picture: Image.Image) -> Image.Image:
+    try:
+        return load_image(picture)
+    except ImageError as error:
+        raise ImageError(str(error).removeprefix("the image: ")) from error
+
+
+# ------------------------------------------------------------------------------------------------------------- order
+
+
+class Batches:
+    """The indices of each step's global batch: a pure function of the seed and the step, endless.
+
+    Every epoch is a random order of its own. Without buckets, batches follow it across the ends of epochs, so that
+    each example comes exactly once an epoch. With `buckets` (of each example, the number of its bucket) all of a batch
+    are of one bucket; each bucket's last batch of an epoch is filled up from the bucket's first of that epoch, so that
+    each example comes once or, where it is one of those, twice; more often only in a bucket smaller than a batch.
+    """
+
+    def __init__(self, examples_count: int, batch_size: int, seed: int, buckets: Sequence[int] | None = None):
+        if examples_count < 1 or batch_size < 1 or (buckets is not None and len(buckets) != examples_count):
+            raise RequestError(
+                f"expected 1 or more examples, each with its bucket if any has, and a batch size of 1 or more, got "
+                f"{examples_count}, {len(buckets) if buckets is not None else 'no'} buckets and {batch_size}"
+            )
+        self.count, self.batch_size, self.seed, self.buckets = examples_count, batch_size, seed, buckets
+        self.batches_per_epoch = sum(-(-n // batch_size) for n in Counter(buckets).values()) if buckets else 0
+
+    def __getitem__(self, step: int) -> list[int]:
+        if step < 0:
+            raise IndexError(f"step {step}: the first is 0")
+        if self.buckets is not None:
+            epoch, place = divmod(step, self.batches_per_epoch)
+            return list(_bucketed(self, epoch)[place])
+        places = (divmod(step * self.batch_size + i, self.count) for i in range(self.batch_size))
+        return [_permutation(self, epoch)[place] for epoch, place in places]
+
+
+@lru_cache(maxsize=2)  # a batch may lie in two epochs
+def _permutation(batches: Batches, epoch: int) -> list[int]:
+    order = list(range(batches.count))
+    Random(f"{batches.seed} {epoch}").shuffle(order)
+    return order
+
+
+@lru_cache(maxsize=1)
+def _bucketed(batches: Batches, epoch: int) -> list[list[int]]:
+    assert batches.buckets is not None
+    members = defaultdict(list)
+    for index in _permutation(batches, epoch):
+        members[batches.buckets[index]].append(index)
+    size, plan = batches.batch_size, []
+    for bucket in members.values():
+        missing = -len(bucket) % size
+        filled = bucket + [bucket[i % len(bucket)] for i in range(missing)]
+        plan += [filled[i : i + size] for i in range(0, len(filled), size)]
+    Random(f"{batches.seed} {epoch} batches").shuffle(plan)
+    return plan
+
+
+# ------------------------------------------------------------------------------------------------------------- sizes
+
+
+def bucket_sizes(area_side: int, multiple: int = 64, least: int | None = None, most: int | None = None) -> list[Size]:
+    """The sizes (width, height) of aspect-ratio buckets: for each width the greatest height, and the other way round.
+
+    Sides are multiples of `multiple`, from `least` to `most` (half and twice area_side if not given); areas are at most
+    area_side². As NovelAI's (github.com/NovelAI/novelai-aspect-ratio-bucketing). Raises RequestError if there are none.
+    """
+    least, most = area_side // 2 if least is None else least, area_side * 2 if most is None else most
+    if min(area_side, multiple, least) < 1:
+        raise RequestError(f"expected buckets of positive sides, got {area_side}, {multiple} and {least}")
+    sizes = set()
+    for width in range(-(-least // multiple) * multiple, most + 1, multiple):
+        height = min(area_side**2 // width, most) // multiple * multiple
+        if height >= least:
+            sizes |= {(width, height), (height, width)}
+    if not sizes:
+        raise RequestError(
+            f"no size has sides from {least} to {most}, multiples of {multiple}, and at most {area_side}² pixels"
+        )
+    return sorted(sizes)
+
+
+def assign(sizes: Sequence[Size], buckets: Sequence[Size]) -> list[int]:
+    """Of each size the number of the bucket whose aspect ratio is nearest, by the logarithm."""
+    ratios = np.array([math.log(width / height) for width, height in buckets])
+    order = np.argsort(ratios, kind="stable")
+    middles = (ratios[order][1:] + ratios[order][:-1]) / 2
+    wanted = np.log(np.array([width / height for width, height in sizes]))
+    return [int(bucket) for bucket in order[np.searchsorted(middles, wanted)]]
+
+
+def fit(image: Image.Image, size: Size, random_crop: Random | None = None, flip: bool = False) -> Image.Image:
+    """An image that covers `size` (width, height), its aspect kept: what sticks out is cut off, evenly or by chance."""
+    centering = (random_crop.random(), random_crop.random()) if random_crop else (0.5, 0.5)
+    fitted = ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=centering)
+    return ImageOps.mirror(fitted) if flip else fitted

@@ -1,0 +1,159 @@
+"""Training latent diffusion: from nothing, or the fine-tuning of a model in any of its ways.
+
+Rombach et al. 2022, arXiv:2112.10752, equation 3. What differs between the ways is which parameters learn, and what
+they are saved as: a table of `METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.checkpoint import Model
+from ldm.diffusion import NoiseSchedule
+from ldm.diffusion.loss import diffusion_loss, min_snr_weights
+from ldm.images import contact_sheet, to_tensor
+from ldm.pipeline import StableDiffusion
+from ldm.request import Request
+from ldm.train.cache import Cache
+from ldm.train.config import TrainConfig
+from ldm.train.data import Examples, fit, load_example
+from ldm.train.feed import Batch
+from ldm.train.masks import random_mask
+from ldm.train.methods import METHODS
+from ldm.train.networks import checkpoint_gradients
+from ldm.train.task import Task
+
+
+class DiffusionTask(Task):
+    """A U-Net, and whatever else learns with it. The VAE never does."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Model,
+        examples: Examples,
+        sizes: list[tuple[int, int]],
+        device: torch.device,
+        cache: Cache | None,
+        own: int,
+    ):
+        """sizes: (width, height) that each example is cut to. cache: their latents, made before.
+
+        own: how many are the run's own; the rest are of the prior.
+        """
+        super().__init__()
+        self.config, self.examples, self.sizes, self.cache, self.own = config, examples, sizes, cache, own
+        self.model = (model,)  # in a tuple, so that nothing of it is taken for a part of this module
+        self.schedule = NoiseSchedule(model.config.schedule)
+        full = config.diffusion.method == "full"
+        learns = {"unet": full, "vae": False, "text": full and config.diffusion.train_text}
+        for name, whole in learns.items():  # what only runs needs no more than the precision it runs in
+            dtype = torch.float32 if whole else getattr(torch, config.loop.precision)
+            getattr(model, name).to(device, dtype).train(whole)
+        self.method = METHODS[config.diffusion.method](config, model)
+        self.learning = nn.ModuleDict(self.method.learning)
+        if config.loop.gradient_checkpointing:
+            checkpoint_gradients(model.unet)
+        self.device = device
+
+    def prepare(self, number: int, generator: torch.Generator) -> Batch:
+        settings, model = self.config.diffusion, self.model[0]
+        latent_shape = self._latent_shape(number)
+        chance = Random(torch.randint(2**62, (1,), generator=generator).item())
+        batch: Batch = {
+            "noise": torch.randn(latent_shape, generator=generator)
+            + settings.offset_noise * torch.randn(latent_shape[0], 1, 1, generator=generator),
+            "posterior_noise": torch.randn(latent_shape, generator=generator),
+            "t": torch.randint(model.config.schedule.timesteps, (), generator=generator),
+            "weight": torch.tensor(1.0 if number < self.own else self.config.prior.weight),
+        }
+        if self.cache is None or settings.inpaint:
+            example = load_example(self.examples, number)
+            image, caption = example.image, example.caption
+            mirrored = self.config.data.flip and chance.random() < 0.5
+            crop = chance if self.cache is None else None
+            batch["image"] = to_tensor(fit(image, self.sizes[number], crop, mirrored))[0]
+        else:
+            caption = self.examples.caption(number)
+        if self.cache is not None:
+            batch["moments"] = self.cache[number]
+        if settings.inpaint:
+            batch["mask"] = random_mask(self.sizes[number], chance)
+        dropped = torch.rand((), generator=generator) < settings.caption_dropout
+        batch["tokens"] = model.text.tokenize("" if dropped else caption)[0]
+        return batch
+
+    def _latent_shape(self, number: int) -> tuple[int, int, int]:
+        vae, (width, height) = self.model[0].config.vae, self.sizes[number]
+        return vae.latent_channels, height // vae.downsampling, width // vae.downsampling
+
+    def forward(self, batch: Batch, step: int, turn: str) -> Mapping[str, Tensor]:
+        model, t = self.model[0], batch["t"]
+        latents = self._latents(batch)
+        context = self._context(batch["tokens"])
+        beside = self._beside(batch)
+        losses = diffusion_loss(
+            lambda x, t: model.unet(torch.cat([x, *beside], dim=1), t, context).float(),
+            latents, batch["noise"], t, self.schedule,
+        )  # fmt: skip
+        if self.config.diffusion.min_snr is not None:
+            losses = losses * min_snr_weights(self.schedule, t, self.config.diffusion.min_snr)
+        return {"loss": (losses * batch["weight"]).mean()}
+
+    @torch.no_grad()
+    def _latents(self, batch: Batch) -> Tensor:
+        """A draw of each picture's scaled latents, float32."""
+        vae = self.model[0].vae
+        if "moments" in batch:
+            mean, deviation = batch["moments"].float().chunk(2, dim=1)
+            latents = mean + deviation * batch["posterior_noise"]
+        else:
+            latents = vae.encode(batch["image"].to(vae.quant_conv.weight.dtype)).at(batch["posterior_noise"]).float()
+        return vae.config.scale_factor * latents
+
+    def _context(self, tokens: Tensor) -> Tensor:
+        text = self.model[0].text
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.text_learns):
+            return text(tokens)
+
+    @torch.no_grad()
+    def _beside(self, batch: Batch) -> list[Tensor]:
+        """What an inpainting U-Net sees beside the latents: where it paints, and the scaled latents of the rest."""
+        if "mask" not in batch:
+            return []
+        vae, mask = self.model[0].vae, batch["mask"]
+        known = vae.encode((batch["image"] * (1 - mask)).to(vae.quant_conv.weight.dtype)).mode().float()
+        return [F.max_pool2d(mask, vae.config.downsampling), vae.config.scale_factor * known]
+
+    def save(self, target: Path, dtype: str) -> None:
+        self.method.save(target, dtype)
+
+    @torch.no_grad()
+    def pictures(self) -> Image.Image | None:
+        samples, model = self.config.samples, self.model[0]
+        if not samples.prompts or model.config.inpaints:
+            return None
+        modes = {network: network.training for network in (model.unet, model.text)}
+        for network in modes:
+            network.eval()
+        precision = next(model.vae.parameters()).dtype
+        sd = StableDiffusion(model.unet, model.vae, model.text, model.config, "training", self.device, precision)
+        side = self.config.data.side
+        drawn = [
+            sd.generate(
+                Request(
+                    prompt, seed=samples.seed, steps=samples.steps, cfg_scale=samples.cfg_scale, width=side, height=side
+                )
+            )[0]
+            for prompt in samples.prompts
+        ]
+        for network, mode in modes.items():
+            network.train(mode)
+        return contact_sheet(drawn, [""], list(samples.prompts))

@@ -1,0 +1,200 @@
+"""The loop that every training shares: steps, records, pictures, saves; on one device or, by accelerate, on many."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm import __version__
+from ldm.errors import NumericalError, RequestError, printable
+from ldm.files import staged_file
+from ldm.train.config import Optimizer, TrainConfig, to_toml
+from ldm.train.ema import EMA
+from ldm.train.feed import Batch, Feed
+from ldm.train.log import RunLog
+from ldm.train.state import load_state, save_state
+from ldm.train.task import Task
+
+log = logging.getLogger(__name__)
+
+STATE, CONFIG, ABOUT = "state.pt", "config.toml", "run.json"
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The processes and devices of this run, as `accelerate launch` set them up; one without it."""
+    AcceleratorState._reset_state()  # of an earlier run in this process, whose precision may have been another
+    several_turns = DistributedDataParallelKwargs(find_unused_parameters=bool(config.vae.adversarial))
+    return Accelerator(mixed_precision=PRECISIONS[config.loop.precision], kwargs_handlers=[several_turns])
+
+
+def train(config: TrainConfig, task: Task, batches: Any, accelerator: Accelerator, resume: bool) -> Path:
+    """Train to the last step of the config, and answer with the path of the result.
+
+    Raises RequestError for a folder that holds another run, CheckpointError for a state that cannot be read, and
+    NumericalError for a loss that is not finite.
+    """
+    folder = Path(config.folder)
+    if accelerator.is_main_process:
+        prepare_folder(folder, config, resume)
+    accelerator.wait_for_everyone()
+    feed = Feed(
+        batches, task.prepare, config.seed, micro_batch=config.loop.micro_batch,
+        process=accelerator.process_index, processes=accelerator.num_processes,
+    )  # fmt: skip
+    run = Run(config, task, accelerator)
+    first = run.load(folder / STATE) if resume and (folder / STATE).is_file() else 0
+    target, last = folder / config.output, config.loop.steps
+    record = RunLog(folder, first + 1) if accelerator.is_main_process else None
+    loader = feed.loader(first, last, config.data.workers)
+    with tqdm(total=last, initial=first, unit="step", desc=folder.name, disable=not accelerator.is_main_process) as bar:
+        for step, micro_batches in zip(range(first, last), loader, strict=True):
+            values = run.step(micro_batches, step)
+            bar.update()
+            done = step + 1
+            if done % config.loop.log_every == 0 or done == last:
+                _report(bar, record, done, values, config)
+            if done % config.loop.sample_every == 0 or done == last:
+                with run.averaged():
+                    sheet = task.pictures() if accelerator.is_main_process else None
+                if record is not None and sheet is not None:
+                    record.picture(done, "samples", sheet)
+            if done % config.loop.save_every == 0 or done == last:
+                run.save(folder / STATE, done)
+                with run.averaged():
+                    if accelerator.is_main_process:
+                        task.save(target, config.output_dtype)
+                if record is not None:
+                    record.draw_curves()
+            accelerator.wait_for_everyone()
+    if record is not None:
+        record.close()
+    return target
+
+
+def _report(bar: tqdm, record: RunLog | None, step: int, values: Mapping[str, Tensor], config: TrainConfig) -> None:
+    numbers = {name: value.item() for name, value in values.items()}
+    if not all(math.isfinite(number) for number in numbers.values()):
+        raise NumericalError(
+            f"step {step}: {printable(str(numbers))}: not finite; lower optimizer.learning_rate, or use loop.precision "
+            "float32 or bfloat16"
+        )
+    rate = bar.format_dict["rate"]
+    pictures = {"images/s": rate * config.loop.batch_size} if rate else {}
+    bar.set_postfix({"loss": f"{numbers['loss']:.4f}", **{k: f"{v:.1f}" for k, v in pictures.items()}})
+    if record is not None:
+        record.write(step, numbers | {"learning_rate": learning_rate(config.optimizer, step - 1, config.loop.steps)})
+
+
+class Run:
+    """What changes from step to step: the parameters, their optimizers and their averages."""
+
+    def __init__(self, config: TrainConfig, task: Task, accelerator: Accelerator):
+        self.config, self.task, self.accelerator = config, task, accelerator
+        self.parameters = {name: p for name, p in task.named_parameters() if p.requires_grad}
+        self.module: nn.Module = accelerator.prepare(task.to(accelerator.device))
+        settings = config.optimizer
+        first, second = settings.betas
+        self.optimizers = {
+            turn: accelerator.prepare(
+                torch.optim.AdamW(
+                    task.learners(turn), settings.learning_rate, (first, second), weight_decay=settings.weight_decay
+                )
+            )
+            for turn in task.turns
+        }
+        decay = config.loop.ema_decay
+        self.ema = None if decay is None else EMA(self.parameters, decay)
+
+    def step(self, micro_batches: list[Batch], step: int) -> Mapping[str, Tensor]:
+        """One step of the optimizer of each turn; answers with the losses, means over all processes."""
+        recorded: dict[str, Tensor] = {}
+        rate = learning_rate(self.config.optimizer, step, self.config.loop.steps)
+        micro_batches = [
+            {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()} for batch in micro_batches
+        ]
+        self.module.train()
+        for turn, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            for number, batch in enumerate(micro_batches):
+                is_last = number == len(micro_batches) - 1
+                with (
+                    nullcontext() if is_last else self.accelerator.no_sync(self.module),
+                    self.accelerator.autocast(),
+                ):
+                    values = self.module(batch, step, turn)
+                self.accelerator.backward(values["loss"] / len(micro_batches))
+                for name, value in values.items():
+                    key = name if turn == self.task.turns[0] else f"{turn}.{name}"
+                    recorded[key] = recorded.get(key, 0) + value.detach() / len(micro_batches)
+            if self.config.optimizer.clip:
+                self.accelerator.clip_grad_norm_(self.task.learners(turn), self.config.optimizer.clip)
+            optimizer.step()
+            self.module.zero_grad()  # also what other turns' networks got
+        if self.ema is not None:
+            self.ema.update(self.parameters, step)
+        return {name: self.accelerator.reduce(value, "mean") for name, value in recorded.items()}
+
+    def averaged(self) -> Any:
+        """With the averages, if any, as parameters."""
+        return nullcontext() if self.ema is None else self.ema.applied(self.parameters)
+
+    def save(self, path: Path, step: int) -> None:
+        content = save_state(self.module, self.optimizers, self.ema, self.accelerator)
+        if self.accelerator.is_main_process:
+            with staged_file(path, overwrite=True) as temporary:
+                torch.save({**content, "step": step}, temporary)
+
+    def load(self, path: Path) -> int:
+        """The step to go on with. Raises CheckpointError."""
+        return load_state(path, self.module, self.optimizers, self.ema, self.accelerator)
+
+
+def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
+    """At a step, from 0: linear up to the warm-up's end, then constant or half a cosine."""
+    warmup = min(1.0, (step + 1) / (settings.warmup + 1))
+    decay = 0.5 * (1 + math.cos(math.pi * step / steps)) if settings.decay == "cosine" else 1.0
+    return settings.learning_rate * warmup * decay
+
+
+def prepare_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
+    """Make the run's folder, with its config and the code's version. Raises RequestError where another run is there."""
+    text = to_toml(config)
+    path = folder / CONFIG
+    if path.is_file() and not resume:
+        raise RequestError(f"{folder} holds a run already: go on with it by --resume, or choose another folder")
+    if path.is_file() and (differing := list(_differences(path.read_text(encoding="utf-8"), text))):
+        log.warning("%s: goes on with another config: %s", folder, "; ".join(differing))
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"ldm": __version__, "commit": _commit(), "torch": torch.__version__}
+    for name, content in {CONFIG: text, ABOUT: json.dumps(about, indent=2)}.items():
+        with staged_file(folder / name, overwrite=True) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+
+
+def _differences(before: str, now: str) -> Iterator[str]:
+    """The lines of one that are not in the other."""
+    yield from (f"was {line}" for line in before.splitlines() if line not in now.splitlines())
+    yield from (f"is {line}" for line in now.splitlines() if line not in before.splitlines())
+
+
+def _commit() -> str | None:
+    """Of the source tree this runs from; None where it is not one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

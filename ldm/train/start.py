@@ -1,0 +1,74 @@
+"""From a config to a run: what it trains, on what, from what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ldm.errors import RequestError
+from ldm.train.cache import open_cache
+from ldm.train.config import TrainConfig
+from ldm.train.data import Batches, Examples, assign, bucket_sizes, open_examples
+from ldm.train.diffusion import DiffusionTask
+from ldm.train.loop import make_accelerator, train
+from ldm.train.networks import new_model, start_model, widen_for_inpainting
+from ldm.train.prior import Joined, draw_prior
+from ldm.train.task import Task
+from ldm.train.vae import VAETask
+
+
+def run(config: TrainConfig, resume: bool = False) -> Path:
+    """Train as the config says, and answer with the path of the result. Raises LdmError."""
+    accelerator = make_accelerator(config)
+    micro_batch = config.loop.micro_batch or 1
+    if config.loop.batch_size % (accelerator.num_processes * micro_batch):
+        raise RequestError(
+            f"loop.batch_size is {config.loop.batch_size}: use a multiple of {accelerator.num_processes} processes "
+            f"times loop.micro_batch, {micro_batch}"
+        )
+    data = config.data
+    examples = open_examples(data.source, seed=data.seed, count=data.count, side=data.side, caption=data.caption)
+    task, batches = TASKS[config.task](config, examples, accelerator)
+    return train(config, task, batches, accelerator, resume)
+
+
+def _vae(config: TrainConfig, examples: Examples, accelerator: Accelerator) -> tuple[Task, Any]:
+    return VAETask(config, examples), Batches(len(examples), config.loop.batch_size, config.seed)
+
+
+def _diffusion(config: TrainConfig, examples: Examples, accelerator: Accelerator) -> tuple[Task, Any]:
+    settings, data, folder = config.diffusion, config.data, Path(config.folder)
+    if config.model is not None:
+        model = start_model(Path(config.model), settings.prediction_type, settings.zero_terminal_snr)
+    elif settings.vae is None:
+        raise RequestError("give a model to start from with model, or the VAE of a new one with diffusion.vae")
+    else:
+        captions = (examples.caption(number) for number in range(len(examples)))
+        model = new_model(config.networks, Path(settings.vae), captions, config.seed)
+    own = len(examples)
+    if config.prior.prompts:
+        with accelerator.main_process_first():
+            draw_prior(folder / "prior", model, config.prior, config.samples, data.side, accelerator.device)
+        examples = Joined(examples, open_examples(str(folder / "prior")))
+        own = examples.half
+    if settings.inpaint:
+        model = widen_for_inpainting(model)
+    multiple = model.config.vae.downsampling * 2 ** (len(model.config.unet.channel_mult) - 1)
+    sizes, buckets = [(data.side, data.side)], None
+    if data.buckets:
+        sizes = bucket_sizes(data.side, multiple)
+        buckets = assign([examples.size(number) for number in range(len(examples))], sizes)
+    cut = [sizes[bucket] for bucket in buckets or [0] * len(examples)]
+    cache = None
+    if settings.cache:
+        model.vae.to(accelerator.device)
+        folder.mkdir(parents=True, exist_ok=True)
+        with accelerator.main_process_first():
+            cache = open_cache(folder / "latents.safetensors", model.vae, examples, cut, accelerator.device)
+    task = DiffusionTask(config, model, examples, cut, accelerator.device, cache, own)
+    return task, Batches(len(examples), config.loop.batch_size, config.seed, buckets)
+
+
+TASKS = {"vae": _vae, "diffusion": _diffusion}

@@ -1,0 +1,117 @@
+"""Training the autoencoder: reconstruction, KL and, where wanted, perceptual and adversarial terms.
+
+Rombach et al. 2022, arXiv:2112.10752, appendix G; the adversarial part is Esser et al. 2021, arXiv:2012.09841.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.checkpoint import load_vae
+from ldm.checkpoint.convert import Conversion
+from ldm.checkpoint.save import save_networks
+from ldm.images import contact_sheet, to_image, to_tensor
+from ldm.train.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from ldm.train.config import TrainConfig
+from ldm.train.data import Examples, fit, load_example
+from ldm.train.feed import Batch
+from ldm.train.networks import checkpoint_gradients, new_vae
+from ldm.train.perceptual import PerceptualDistance
+from ldm.train.task import Task
+
+MEASURED = 64  # pictures whose latents tell the scale factor
+SHOWN = 8
+
+
+class VAETask(Task):
+    """An autoencoder, and the discriminator that it is to deceive, if any."""
+
+    def __init__(self, config: TrainConfig, examples: Examples):
+        super().__init__()
+        self.config, self.examples = config, examples
+        torch.manual_seed(config.seed)
+        self.vae = new_vae(config.networks) if config.model is None else load_vae(config.model)
+        self.vae.train()
+        if config.loop.gradient_checkpointing:
+            checkpoint_gradients(self.vae)
+        self.discriminator = PatchDiscriminator() if config.vae.adversarial else None
+        if self.discriminator is not None:
+            self.turns = ("autoencoder", "discriminator")
+        self.perceptual = PerceptualDistance() if config.vae.perceptual else None
+
+    def learners(self, turn: str) -> list[nn.Parameter]:
+        network = self.discriminator if turn == "discriminator" else self.vae
+        assert network is not None
+        return list(network.parameters())
+
+    def prepare(self, number: int, generator: torch.Generator) -> Batch:
+        chance = random.Random(torch.randint(2**62, (1,), generator=generator).item())
+        data = self.config.data
+        mirrored = data.flip and chance.random() < 0.5
+        image = fit(load_example(self.examples, number).image, (data.side, data.side), chance, mirrored)
+        if data.crop is not None:
+            left, top = (chance.randint(0, data.side - data.crop) for _ in "xy")
+            image = image.crop((left, top, left + data.crop, top + data.crop))
+        side = image.width // self.vae.config.downsampling
+        noise = torch.randn(self.vae.config.latent_channels, side, side, generator=generator)
+        return {"image": to_tensor(image)[0], "noise": noise}
+
+    def forward(self, batch: Batch, step: int, turn: str) -> Mapping[str, Tensor]:
+        image, weights = batch["image"], self.config.vae
+        if turn == "discriminator":
+            return self._discriminate(image, batch["noise"], step)
+        posterior = self.vae.encode(image)
+        reconstruction = self.vae.decode(posterior.at(batch["noise"]))
+        error = reconstruction - image
+        terms = {
+            "l1": error.abs().mean(),
+            "l2": error.square().mean(),
+            "kl": posterior.kl().mean() / posterior.mean[0].numel(),
+        }
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(reconstruction, image).mean()
+        loss = sum(getattr(weights, name) * term for name, term in terms.items())
+        assert isinstance(loss, Tensor)
+        if self.discriminator is not None and step >= weights.adversarial_start:
+            terms["adversarial"] = generator_loss(self.discriminator(reconstruction))
+            last_layer = self.vae.decoder.conv_out.weight
+            weight = adaptive_weight(loss, terms["adversarial"], last_layer) if self.training else 1.0
+            loss = loss + weights.adversarial * weight * terms["adversarial"]
+        return {**terms, "loss": loss}
+
+    def _discriminate(self, image: Tensor, noise: Tensor, step: int) -> Mapping[str, Tensor]:
+        assert self.discriminator is not None
+        with torch.no_grad():
+            reconstruction = self.vae.decode(self.vae.encode(image).at(noise))
+        loss = discriminator_loss(self.discriminator(image), self.discriminator(reconstruction))
+        return {"loss": loss * (step >= self.config.vae.adversarial_start)}
+
+    def save(self, target: Path, dtype: str) -> None:
+        """As a file of its own; a new autoencoder's scale factor makes the variance of its latents 1."""
+        config = replace(self.config.networks, vae=self.vae.config)
+        if self.config.model is None:
+            latents = torch.cat([self._encode(number) for number in range(MEASURED)])
+            config = replace(config, vae=replace(config.vae, scale_factor=round(1 / latents.std().item(), 5)))
+        save_networks(target, {"vae": self.vae}, config, Conversion(dtype=dtype, overwrite=True))
+
+    @torch.no_grad()
+    def _encode(self, number: int) -> Tensor:
+        return self.vae.encode(self._whole(number).to(next(self.vae.parameters()).device)).mean
+
+    def _whole(self, number: int) -> Tensor:
+        side = self.config.data.side
+        return to_tensor(fit(load_example(self.examples, number % len(self.examples)).image, (side, side)))
+
+    @torch.no_grad()
+    def pictures(self) -> Image.Image:
+        """Pictures, and below them their reconstructions."""
+        pictures = [self._whole(number) for number in range(SHOWN)]
+        again = [to_image(self.vae.decode(self._encode(number))[0]) for number in range(SHOWN)]
+        return contact_sheet([*(to_image(x[0]) for x in pictures), *again], [""] * SHOWN, ["picture", "decoded"])

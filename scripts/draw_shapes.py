@@ -1,0 +1,49 @@
+"""Draw scenes of the shapes world into a folder, with their captions: python scripts/draw_shapes.py --help"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+from tqdm import tqdm
+
+from ldm.cli.app import Parser
+from ldm.files import made_folder, staged_folder
+from ldm.train.shapes import KINDS, NEW_SHAPES, SHAPES, SPLITS, draw_scene
+
+
+def main() -> int:
+    parser = Parser(prog="draw_shapes", description=__doc__.split(":")[0] + ", as ldm train reads them.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--count", type=int, default=20, help="pictures (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the world (default 0)")
+    parser.add_argument("--side", type=int, default=128, help="pixels (default 128)")
+    parser.add_argument("--kind", choices=KINDS, help="of scenes (default: all)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="of the world (default train)")
+    parser.add_argument(
+        "--shape", choices=[*SHAPES, *NEW_SHAPES], help="of the one thing in each picture, such as moon, which is new"
+    )
+    args = parser.parse_args()
+    lines = []
+    try:
+        with made_folder(args.folder.parent), staged_folder(args.folder) as folder:
+            for number in tqdm(range(args.count), unit="picture"):
+                scene = draw_scene(args.seed, number, args.split, "one" if args.shape else args.kind)
+                if args.shape:
+                    scene = replace(scene, things=(replace(scene.things[0], shape=args.shape),))
+                name = f"{number:05d}.png"
+                scene.draw(args.side).save(folder / name)
+                lines.append(json.dumps({"file_name": name, "text": scene.caption(Random(number))}))
+            (folder / "metadata.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    except OSError as error:
+        print(f"draw_shapes: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    print(args.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Measure a model: python scripts/evaluate.py --help"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.cli.app import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Parser
+from ldm.errors import LdmError, RequestError
+from ldm.files import made_folder, staged_file
+from ldm.request import Request
+
+if TYPE_CHECKING:
+    from ldm.train.evaluate import Judged
+
+RESULTS = ("table.md", "results.json", "sheet.png")
+
+
+def build_parser() -> Parser:
+    default = Request("")
+    parser = Parser(
+        prog="evaluate",
+        description="Make pictures of held-out captions of the shapes world and measure what they show of them; or, "
+        "with --vae, how exact the VAE is; or, with --images, how near a folder of pictures is to one of real ones "
+        "(--reference) and to its captions (--clip).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", metavar="PATH", help="a model file or diffusers folder (default: shipped)")
+    parser.add_argument(
+        "--prompts", type=at_least_one, default=500, metavar="N", help="of all kinds together (default 500)"
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", metavar="KIND", help="of scenes: one, two, count, three, unseen (default: all)"
+    )
+    for name, kind in (("sampler", str), ("steps", int), ("cfg_scale", float)):
+        value = getattr(default, name)
+        parser.add_argument(
+            "--" + name.replace("_", "-"), dest=name, nargs="+", type=kind, default=[value], metavar=name.upper(),
+            help=f"one or more, each with each of the other settings (default {value})",
+        )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of scenes and noise (default 0)")
+    parser.add_argument(
+        "--batch-size", type=at_least_one, default=16, metavar="N", help="pictures at once (default 16)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"where to write {', '.join(RESULTS)}")
+    parser.add_argument("--vae", action="store_true", help="measure the VAE on as many pictures as --prompts tells")
+    parser.add_argument("--images", metavar="DIR", help="pictures, with captions as for training, to measure instead")
+    parser.add_argument("--reference", metavar="DIR", help="real pictures, for FID, which needs --inception")
+    parser.add_argument("--inception", type=Path, metavar="FILE", help="torch-fidelity's weights of Inception")
+    parser.add_argument("--clip", type=Path, metavar="DIR", help="a CLIP model of transformers, for the CLIP score")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default auto)")
+    return parser
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r}: use a whole number from 1")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line, sys.argv's where none is given, and return its exit code."""
+    try:
+        args = build_parser().parse_args(argv)
+        (measure_folder if args.images else measure_vae if args.vae else measure_pictures)(args)
+        return 0
+    except SystemExit as stop:  # from argparse
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print("evaluate: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (LdmError, OSError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, RequestError) else EXIT_FAILURE
+
+
+def measure_pictures(args: Namespace) -> None:
+    """Print the table and write it, all verdicts and a sheet."""
+    from ldm.pipeline import StableDiffusion
+    from ldm.train.evaluate import ALL_KINDS, Setting, evaluate, table
+
+    kinds = list(dict.fromkeys(args.kinds or ALL_KINDS))
+    if unknown := set(kinds) - set(ALL_KINDS):
+        raise RequestError(f"kinds are {', '.join(sorted(unknown))}: use some of {', '.join(ALL_KINDS)}")
+    if args.prompts < len(kinds):
+        raise RequestError(f"prompts is {args.prompts}: use {len(kinds)} or more, one a kind")
+    if args.out and (taken := [name for name in RESULTS if (args.out / name).exists()]):
+        raise RequestError(f"{args.out} holds {', '.join(taken)}: give another --out")
+    requests = [  # which know other spellings of samplers, and check
+        Request("", sampler=sampler, steps=steps, cfg_scale=scale, seed=args.seed)
+        for sampler in args.sampler
+        for steps in args.steps
+        for scale in args.cfg_scale
+    ]
+    settings = [Setting(request.sampler, request.steps, request.cfg_scale) for request in requests]
+    sd = StableDiffusion.load(args.model, device=args.device, dtype=args.dtype)
+    judged = evaluate(sd, settings, kinds, args.prompts // len(kinds), args.seed, args.batch_size)
+    print(table(judged), end="")
+    if args.out:
+        with made_folder(args.out):
+            write(args.out, judged)
+
+
+def write(folder: Path, judged: Sequence[Judged]) -> None:
+    from ldm.train.evaluate import sheet, table
+
+    results = json.dumps([each.to_dict() for each in judged], indent=1)
+    contents = {
+        "table.md": lambda path: path.write_text(table(judged), encoding="utf-8"),
+        "results.json": lambda path: path.write_text(results, encoding="utf-8"),
+        "sheet.png": lambda path: sheet(judged).save(path, "PNG"),
+    }
+    for name, fill in contents.items():
+        with staged_file(folder / name) as path:
+            fill(path)
+
+
+def measure_vae(args: Namespace) -> None:
+    from ldm.pipeline import StableDiffusion
+    from ldm.train.evaluate import vae_fidelity
+
+    sd = StableDiffusion.load(args.model, device=args.device, dtype=args.dtype)
+    told = vae_fidelity(sd, args.prompts, args.seed)
+    print(f"PSNR {told['PSNR']:.2f} dB, SSIM {told['SSIM']:.4f}, n = {args.prompts}")
+
+
+def measure_folder(args: Namespace) -> None:
+    """FID and CLIP score of a folder's pictures."""
+    if not (args.reference or args.clip):
+        raise RequestError("--images needs --reference, --clip or both, to be measured by")
+    if args.reference and not args.inception:
+        raise RequestError("--reference needs --inception: the file pt_inception-2015-12-05-6726825d.pth")
+    from ldm.runtime.device import pick_device
+    from ldm.train.data import open_examples
+    from ldm.train.evaluate import clip_score, frechet_distance
+
+    device = pick_device(args.device)
+    if args.reference:
+        pictures, reference = (open_examples(source, caption="") for source in (args.images, args.reference))
+        print(f"FID {frechet_distance(pictures, reference, args.inception, device):.2f}")
+    if args.clip:
+        print(f"CLIP score {clip_score(open_examples(args.images), args.clip, device):.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""scripts/evaluate.py: pictures are those of the pipeline, measures those of their formulas, errors one line."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.linalg import sqrtm
+from scipy.ndimage import gaussian_filter
+from torchmetrics.image import fid
+from torchmetrics.image.fid import FrechetInceptionDistance
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+from ldm import Request
+from ldm.train.data import open_examples
+from ldm.train.evaluate import (
+    ALL_KINDS,
+    Judged,
+    Setting,
+    clip_score,
+    frechet_distance,
+    held_out,
+    render,
+    sheet,
+    table,
+    vae_fidelity,
+)
+from ldm.train.judge import Verdict
+from ldm.train.shapes import draw_scene, split_of
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "evaluate.py"
+SETTING = Setting("ddim", 5, 3.0)
+
+
+@pytest.fixture(scope="module")
+def main() -> Callable[[list[str]], int]:
+    return runpy.run_path(str(SCRIPT))["main"]
+
+
+@pytest.mark.parametrize(("sampler", "cfg_scale"), [("ddim", 4.0), ("dpmpp_2m", 1.0), ("euler_a", 7.5)])
+def test_a_batch_of_prompts_has_the_pictures_of_each_alone(shipped, sampler, cfg_scale):
+    prompts = "a red circle on a blue background", "a small yellow star on a green background"
+    requests = [
+        Request(prompt, sampler=sampler, steps=4, cfg_scale=cfg_scale, seed=seed) for seed, prompt in enumerate(prompts)
+    ]
+    for request, picture in zip(requests, render(shipped, requests), strict=True):
+        [alone] = shipped.generate(request)
+        difference = np.asarray(picture, dtype=int) - np.asarray(alone)
+        assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_scenes_are_held_out(kind):
+    assert {split_of(held_out(3, number, kind)) for number in range(20)} == {"unseen" if kind == "unseen" else "test"}
+
+
+def judged(kind: str, *flags: bool | None) -> Judged:
+    return Judged(SETTING, kind, "a very " * 30 + "long caption", 0, Verdict(*flags), Image.new("RGB", (64, 64)))
+
+
+def test_the_table_counts_what_is_told():
+    rows = [
+        judged("one", True, True, True, True, None, None),
+        judged("one", True, True, True, False, True, None),
+        judged("one", True, False, True, True, False, None),
+        judged("two", True, True, True, True, None, True),
+    ]
+    assert table(rows).splitlines()[2:] == [
+        "| one | ddim | 5 | 3 | 3 | 33.3 | 100.0 | 66.7 | 100.0 | 66.7 | 50.0 | – |",
+        "| two | ddim | 5 | 3 | 1 | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | – | 100.0 |",
+    ]
+
+
+def test_the_sheet_frames_what_is_right_green():
+    right, false = judged("one", *[True] * 6), judged("one", *[False] * 6)
+    pixels = np.asarray(sheet([right, false]))
+    assert pixels[0, pixels.shape[1] // 4].tolist() == [0, 128, 0]
+    assert pixels[0, 3 * pixels.shape[1] // 4].tolist() == [255, 0, 0]
+    assert sheet([right] * 1000).width < 2000  # a hundred of them
+
+
+def test_evaluation_from_end_to_end(main, tmp_path, capsys):
+    arguments = ["--prompts", "4", "--kinds", "one", "unseen", "--steps", "2", "3", "--sampler", "DDIM", "--device"]
+    arguments += ["cpu", "--dtype", "float32", "--batch-size", "3", "--out", str(tmp_path / "new" / "out")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "new" / "out" / "table.md").read_text(encoding="utf-8") == printed
+    assert [line.split(" | ")[:5] for line in printed.splitlines()[2:]] == [
+        [f"| {kind}", "ddim", str(steps), "7.5", "2"] for steps in (2, 3) for kind in ("one", "unseen")
+    ]
+    results = json.loads((tmp_path / "new" / "out" / "results.json").read_text())
+    assert len(results) == 8
+    assert {result["seed"] for result in results} == {0, 1}
+    assert results[0]["caption"] == results[4]["caption"]
+    assert Image.open(tmp_path / "new" / "out" / "sheet.png").format == "PNG"
+    assert main(arguments) == 2  # nothing is replaced
+    assert "give another --out" in capsys.readouterr().err
+
+
+def ssim_of(x: np.ndarray, y: np.ndarray) -> float:
+    """Wang et al. 2004, equation 13, in float64, over windows that lie within the picture."""
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    means = []
+    for a, b in zip(np.moveaxis(x, -1, 0), np.moveaxis(y, -1, 0), strict=True):
+
+        def blur(picture: np.ndarray) -> np.ndarray:
+            return gaussian_filter(picture, 1.5, radius=5)[5:-5, 5:-5]
+
+        mean_a, mean_b = blur(a), blur(b)
+        var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+        numerator = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
+        means.append((numerator / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
+    return float(np.mean(means))
+
+
+def test_vae_fidelity_is_that_of_the_formulas(shipped):
+    count, seed = 3, 5
+    pairs = []
+    for number in range(count):
+        picture = draw_scene(seed, number, "test").draw(shipped.config.image_size)
+        [decoded] = shipped.decode(shipped.encode(picture))
+        pairs.append([np.asarray(each, dtype=np.float64) for each in (picture, decoded)])
+    told = vae_fidelity(shipped, count, seed)
+    psnr = np.mean([10 * np.log10(255**2 / ((x - y) ** 2).mean()) for x, y in pairs])
+    assert told["PSNR"] == pytest.approx(psnr, rel=1e-5)
+    assert told["SSIM"] == pytest.approx(np.mean([ssim_of(x, y) for x, y in pairs]), rel=1e-4)
+
+
+@pytest.fixture
+def clip_folder(tmp_path, shipped) -> Path:
+    """A tiny CLIP model with random weights and the shipped model's tokenizer."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vocabulary = len(shipped.text.tokenizer)
+    text = {**size, "vocab_size": vocabulary, "eos_token_id": shipped.text.tokenizer.eos_token_id}
+    vision = {**size, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path / "clip")
+    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(pictures, shipped.text.tokenizer).save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three pictures with captions."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        scene = draw_scene(0, number)
+        scene.draw(48).save(tmp_path / "pictures" / f"{number}.png")
+        (tmp_path / "pictures" / f"{number}.txt").write_text(scene.caption())
+    return tmp_path / "pictures"
+
+
+def test_clip_score_is_the_mean_cosine(clip_folder, folder):
+    examples = open_examples(str(folder))
+    model, processor = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
+    cosines = []
+    for index in range(len(examples)):
+        inputs = processor(text=[examples[index].caption], images=[examples[index].image], return_tensors="pt")
+        seen = model.visual_projection(model.vision_model(inputs["pixel_values"]).pooler_output)
+        read = model.text_projection(model.text_model(inputs["input_ids"]).pooler_output)
+        a, b = (features[0].double().numpy() for features in (seen, read))
+        cosines.append(a @ b / np.sqrt((a @ a) * (b @ b)))
+    assert max(cosines) > 0.01
+    told = clip_score(examples, clip_folder, torch.device("cpu"))
+    assert told == pytest.approx(100 * np.maximum(cosines, 0).mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--kinds", "four"], 2, "kinds are four: use some of one, two"),
+        (["--prompts", "3"], 2, "prompts is 3: use 5 or more"),
+        (["--prompts", "none"], 2, "use a whole number from 1"),
+        (["--sampler", "dimm"], 2, "nearest is ddim"),
+        (["--steps", "0"], 2, "steps is 0"),
+        (["--model", "nowhere"], 1, "nowhere"),
+        (["--vae", "--model", "nowhere"], 1, "nowhere"),
+        (["--images", "."], 2, "--images needs --reference, --clip or both"),
+        (["--images", ".", "--reference", "."], 2, "--reference needs --inception"),
+        (["--images", "{folder}", "--reference", "{folder}", "--inception", "no.pth"], 1, "no.pth: no such file"),
+        (["--images", "{folder}", "--clip", "{folder}"], 1, "not a folder of a CLIP model"),
+        (["--images", "nowhere", "--clip", "."], 2, "no such folder"),
+    ],
+)
+def test_errors_are_one_line(main, folder, capsys, arguments, code, message):
+    assert main([argument.format(folder=folder) for argument in arguments]) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+class MeanColour(torch.nn.Module):
+    """Stands in for Inception: three features of pictures of 0 to 255."""
+
+    num_features = 3
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        assert pictures.dtype == torch.uint8
+        return pictures.double().mean(dim=(2, 3))
+
+
+def test_fid_is_that_of_the_formula(tmp_path, monkeypatch):
+    """Heusel et al. 2017, equation 6, of the means and covariances of two sets of mean colours."""
+    sets = []
+    for name, seed in (("made", 1), ("real", 2)):
+        (tmp_path / name).mkdir()
+        pictures = [draw_scene(seed, number).draw(32) for number in range(7)]
+        for number, picture in enumerate(pictures):
+            picture.save(tmp_path / name / f"{number}.png")
+        sets.append(np.array([np.asarray(picture, dtype=float).mean(axis=(0, 1)) for picture in pictures]))
+    means, covariances = zip(*((features.mean(axis=0), np.cov(features.T)) for features in sets), strict=True)
+    root = sqrtm(covariances[0] @ covariances[1])
+    expected = ((means[0] - means[1]) ** 2).sum() + np.trace(sum(covariances) - 2 * root)
+    (tmp_path / "weights.pth").touch()
+    monkeypatch.setattr(fid, "FrechetInceptionDistance", lambda **_: FrechetInceptionDistance(feature=MeanColour()))
+    made, real = (open_examples(str(tmp_path / name), caption="") for name in ("made", "real"))
+    told = frechet_distance(made, real, tmp_path / "weights.pth", torch.device("cpu"))
+    assert told == pytest.approx(expected.real, rel=1e-3)
+
+
+def test_fid_without_its_package_says_what_to_install(main, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    (tmp_path / "weights.pth").touch()
+    code = main(["--images", str(folder), "--reference", str(folder), "--inception", str(tmp_path / "weights.pth")])
+    assert (code, "pip install 'ldm[evaluate]' torch-fidelity" in capsys.readouterr().err) == (2, True)

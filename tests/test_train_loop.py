@@ -1,0 +1,211 @@
+"""The loop: what is averaged, scheduled, recorded, saved; a run that is killed; one that is over two processes."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from train_runs import DIFFUSION, VAE, losses, read
+
+from ldm import StableDiffusion
+from ldm.checkpoint import load_vae
+from ldm.errors import CheckpointError, NumericalError, RequestError
+from ldm.models.vae import DiagonalGaussian
+from ldm.train.config import Optimizer, to_toml
+from ldm.train.ema import EMA
+from ldm.train.feed import Feed, generator
+from ldm.train.loop import learning_rate
+from ldm.train.start import run
+
+
+@pytest.fixture(autouse=True)
+def gradients(no_grad):
+    with torch.enable_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    with torch.enable_grad():
+        return run(read(tmp_path_factory.mktemp("vae"), VAE))
+
+
+def test_learning_rate():
+    cosine = Optimizer(learning_rate=2.0, decay="cosine", warmup=4)
+    assert learning_rate(cosine, 0, 100) == pytest.approx(2 / 5)
+    assert learning_rate(cosine, 50, 100) == pytest.approx(1.0)
+    assert learning_rate(cosine, 99, 100) == pytest.approx(1 + math.cos(math.pi * 0.99))
+    assert learning_rate(Optimizer(learning_rate=2.0), 99, 100) == 2
+
+
+def test_average_is_the_recurrence():
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    ema = EMA({"p": parameter}, 0.6)
+    expected = parameter.detach().double()
+    for step in range(20):
+        parameter.data += step
+        ema.update({"p": parameter}, step)
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * parameter.detach().double()
+    torch.testing.assert_close(ema.shadow["p"].double(), expected, rtol=1e-6, atol=0)
+    before = parameter.detach().clone()
+    with ema.applied({"p": parameter}):
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(parameter, before)
+
+
+def test_kl_and_its_gradient_against_float64():
+    torch.manual_seed(0)
+    mean, logvar = torch.randn(2, 2, 4, 3, 3).unbind(0)
+    tensors = [t.clone().requires_grad_() for t in (mean, logvar)]
+    DiagonalGaussian(*tensors).kl().sum().backward()
+    distribution = torch.distributions.Normal(mean.double(), (logvar.double() / 2).exp())
+    kl = torch.distributions.kl_divergence(distribution, torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3))
+    torch.testing.assert_close(DiagonalGaussian(mean, logvar).kl().double(), kl, rtol=1e-5, atol=0)
+    torch.testing.assert_close(tensors[0].grad.double(), mean.double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tensors[1].grad.double(), 0.5 * (logvar.double().exp() - 1), rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_of_the_reconstruction_against_float64(vae):
+    """The whole loss of the autoencoder, differentiated in float32, against itself in float64."""
+    torch.manual_seed(0)
+    image, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 4, 4)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        network = load_vae(vae).to(dtype).train()
+        posterior = network.encode(image.to(dtype))
+        error = network.decode(posterior.at(noise.to(dtype))) - image.to(dtype)
+        (error.square().mean() + 1e-4 * posterior.kl().mean()).backward()
+        gradients.append(torch.cat([p.grad.double().flatten() for p in network.parameters()]))
+    assert ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item() <= 1e-4
+
+
+def test_a_feed_is_the_same_over_processes_and_micro_batches():
+    class Numbers:
+        def __getitem__(self, step: int) -> list[int]:
+            return list(range(8 * step, 8 * step + 8))
+
+    def prepare(number, chance):
+        return {"number": torch.tensor(number), "noise": torch.randn(3, generator=chance)}
+
+    def whole(**settings) -> dict[str, torch.Tensor]:
+        parts = [
+            batch
+            for process in range(settings.get("processes", 1))
+            for batch in Feed(Numbers(), prepare, 5, **{**settings, "process": process})[3]
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    expected = whole()
+    assert expected["number"].tolist() == list(range(24, 32))
+    for settings in ({"processes": 2}, {"micro_batch": 2}, {"processes": 2, "micro_batch": 1}):
+        assert all(torch.equal(value, expected[name]) for name, value in whole(**settings).items())
+    assert not torch.equal(generator(5, 3, 0).get_state(), generator(5, 3, 1).get_state())
+
+
+def test_what_a_run_leaves(vae, tmp_path):
+    target = run(read(tmp_path, DIFFUSION, f"diffusion.vae={vae}"))
+    folder = target.parent
+    there = {path.name for path in folder.iterdir()}
+    assert there >= {"config.toml", "run.json", "metrics.jsonl", "curves.png", "state.pt", "samples", "model"}
+    assert len(losses(folder)) == 8
+    sd = StableDiffusion.load(target, device="cpu", dtype="float32")
+    assert sd.config.text.vocab_size == 600 and sd.config.image_size == 32
+    assert sd.txt2img("a red circle", steps=2)[0].size == (32, 32)
+
+
+def test_micro_batches_give_the_same_weights(vae, tmp_path):
+    changes = (f"diffusion.vae={vae}", "loop.steps=3", "loop.sample_every=9", "output=m.safetensors")
+    whole, parts = (
+        load(run(read(tmp_path, DIFFUSION, *changes, f"folder={name}", *more)))
+        for name, more in (("whole", ()), ("parts", ("loop.micro_batch=1",)))
+    )
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=0, atol=1e-3)
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def command(config: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "ldm", "train", str(config), *flags]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("kind", ["vae", "diffusion"])
+def test_killed_and_resumed(kind, vae, tmp_path):
+    """kill -9 between saves; what the resumed run ends with is what an undisturbed one does, to the bit."""
+    text = {"vae": VAE, "diffusion": DIFFUSION}[kind]
+    changes = ("loop.steps=14", "loop.save_every=4", "loop.sample_every=99", "output=result.safetensors")
+    changes += (f"diffusion.vae={vae}",) if kind == "diffusion" else ("vae.adversarial=0.1", "vae.adversarial_start=3")
+    undisturbed, killed = (read(tmp_path, text, *changes, f"folder={name}") for name in ("undisturbed", "killed"))
+    paths = {}
+    for name, config in (("undisturbed", undisturbed), ("killed", killed)):
+        paths[name] = tmp_path / f"{name}.toml"
+        paths[name].write_text(to_toml(config), encoding="utf-8")
+    subprocess.run(command(paths["undisturbed"]), check=True, env=ENVIRONMENT, capture_output=True)
+
+    process = subprocess.Popen(command(paths["killed"]), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    state = tmp_path / "killed" / "state.pt"
+    while not state.exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    subprocess.run(command(paths["killed"], "--resume"), check=True, env=ENVIRONMENT, capture_output=True)
+
+    first, second = (load(tmp_path / name / "result.safetensors") for name in ("undisturbed", "killed"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert losses(tmp_path / "undisturbed") == losses(tmp_path / "killed")
+
+
+def test_two_processes_are_one(vae, tmp_path):
+    """The same global batch over two processes (gloo): the same losses, and nearly the same weights."""
+    changes = (f"diffusion.vae={vae}", "loop.steps=5", "loop.sample_every=9", "output=result.safetensors")
+    one, two = (read(tmp_path, DIFFUSION, *changes, f"folder={name}") for name in ("one", "two"))
+    run(one)
+    path = tmp_path / "two.toml"
+    path.write_text(to_toml(two), encoding="utf-8")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", "0", "--module", "ldm"]
+    subprocess.run([*launch, "train", str(path)], check=True, env=ENVIRONMENT, capture_output=True)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+def test_a_folder_holds_one_run(tmp_path):
+    run(read(tmp_path, VAE, "loop.steps=1"))
+    with pytest.raises(RequestError, match="holds a run already"):
+        run(read(tmp_path, VAE, "loop.steps=1"))
+
+
+def test_a_state_of_another_run(tmp_path):
+    run(read(tmp_path, VAE, "loop.steps=1"))
+    with pytest.raises(CheckpointError, match="not the state of this run"):
+        run(read(tmp_path, VAE, "loop.steps=2", "networks.vae.channels=16"), resume=True)
+    (tmp_path / "vae" / "state.pt").write_bytes(b"\x80")
+    with pytest.raises(CheckpointError, match="not the state of this run"):
+        run(read(tmp_path, VAE, "loop.steps=2"), resume=True)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    with pytest.raises(NumericalError, match="lower optimizer"):
+        run(read(tmp_path, VAE, "optimizer.learning_rate=1e30", "optimizer.clip=0"))
+
+
+def test_processes_share_a_batch(tmp_path):
+    with pytest.raises(RequestError, match=r"use a multiple of 1 processes times loop\.micro_batch, 3"):
+        run(read(tmp_path, VAE, "loop.micro_batch=3"))

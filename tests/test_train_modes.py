@@ -1,0 +1,242 @@
+"""Every way to train, on a model of a few thousand weights: what it optimises falls, and what it writes is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from train_runs import DIFFUSION, VAE, make_model, read
+
+from ldm import StableDiffusion
+from ldm.checkpoint import load_vae
+from ldm.diffusion import NoiseSchedule
+from ldm.diffusion.loss import diffusion_loss, min_snr_weights
+from ldm.diffusion.prediction import PREDICTION_TYPES
+from ldm.errors import RequestError
+from ldm.train.config import TrainConfig
+from ldm.train.data import open_examples
+from ldm.train.feed import Feed
+from ldm.train.loop import make_accelerator, train
+from ldm.train.masks import random_mask
+from ldm.train.shapes import draw_scene
+from ldm.train.start import TASKS, run
+
+
+@pytest.fixture(autouse=True)
+def gradients(no_grad):
+    with torch.enable_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    with torch.enable_grad():
+        return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of eight captioned pictures, half of them wide."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(8):
+        scene = draw_scene(0, number)
+        scene.draw(64).resize((96 if number % 2 else 64, 64)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(scene.caption())
+    return folder
+
+
+def losses_around(config: TrainConfig) -> tuple[float, float, Path]:
+    """What a run optimises, on the same draws before and after it; and its result."""
+    accelerator = make_accelerator(config)
+    data = config.data
+    examples = open_examples(data.source, seed=data.seed, count=data.count, side=data.side, caption=data.caption)
+    task, batches = TASKS[config.task](config, examples, accelerator)
+    feed = Feed(batches, task.prepare, config.seed)
+    fixed = [batch for step in range(16) for batch in feed[step]]
+    turn = task.turns[0]
+
+    @torch.no_grad()
+    def loss() -> float:
+        with accelerator.autocast():
+            return float(np.mean([task(batch, 0, turn)["loss"].item() for batch in fixed]))
+
+    before = loss()
+    target = train(config, task, batches, accelerator, resume=False)
+    return before, loss(), target
+
+
+LONG = ("loop.steps=40", "loop.sample_every=40", "loop.save_every=40", "optimizer.learning_rate=1e-2")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("vae.l1=0", "vae.perceptual=1", "vae.adversarial=0.5", "vae.adversarial_start=20"),
+        ("loop.gradient_checkpointing=true", "loop.precision=bfloat16", "data.crop=16", "data.flip=true"),
+    ],
+    ids=["plain", "perceptual and adversarial", "checkpointed, bfloat16, crops"],
+)
+def test_vae(changes, tmp_path):
+    before, after, target = losses_around(read(tmp_path, VAE, *LONG[:3], *changes))
+    assert after < 0.9 * before
+    vae = load_vae(target)
+    with torch.no_grad():
+        pictures = [torch.from_numpy(np.array(draw_scene(0, i).draw(32))).permute(2, 0, 1) for i in range(64)]
+        latents = vae.encode(torch.stack(pictures) / 127.5 - 1).mean * vae.config.scale_factor
+    assert latents.std().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("networks.schedule.prediction_type=v_prediction", "networks.schedule.zero_terminal_snr=true"),
+        ("networks.schedule.prediction_type=sample", "networks.schedule.beta_schedule=cosine", "diffusion.cache=false"),
+        ("networks.schedule.beta_schedule=linear", "diffusion.min_snr=5", "diffusion.offset_noise=0.1"),
+        ("loop.gradient_checkpointing=true", "loop.precision=bfloat16", "diffusion.train_text=false"),
+    ],
+    ids=["epsilon", "v, zero terminal SNR", "x0, cosine", "linear, min-SNR, offset noise", "checkpointed, bfloat16"],
+)
+def test_from_nothing(changes, model, tmp_path):
+    before, after, target = losses_around(read(tmp_path, DIFFUSION, f"diffusion.vae={model}", *LONG, *changes))
+    assert after < 0.95 * before
+    sd = StableDiffusion.load(target, device="cpu", dtype="float32")
+    assert sd.txt2img("a red circle", steps=2)
+
+
+TUNE = (*LONG, "diffusion.cache=false", "data.count=8")
+LORA = ("diffusion.method=lora", "output=new.safetensors", "loop.steps=120", "optimizer.learning_rate=5e-3")
+INVERSION = ("diffusion.method=textual_inversion", "inversion.token=<new>", "output=new.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "least"),
+    [
+        ((), 0.02),
+        (("diffusion.prediction_type=v_prediction", "diffusion.zero_terminal_snr=true"), 0.02),
+        ((*LORA, "diffusion.train_text=false"), 0.003),
+        ((*LORA, 'lora.layers="attention+conv"', "lora.layout=peft", "loop.precision=bfloat16"), 0.005),
+        ((*LORA, 'prior.prompts=["a circle"]', "prior.count=2", "prior.weight=0.5"), 0.003),
+        ((*INVERSION, "inversion.initial=circle", "data.caption=<new>", "optimizer.learning_rate=1e-1"), 1e-4),
+        (("diffusion.inpaint=true", "diffusion.cache=true"), 0.02),
+    ],
+    ids=["full", "to v", "LoRA", "LoRA with convolutions, bfloat16", "DreamBooth", "textual inversion", "inpainting"],
+)
+def test_fine_tuning(changes, least, model, pictures, tmp_path):
+    source = pictures
+    if "data.caption=<new>" in changes:  # captions that name the word, and nothing else
+        source = tmp_path / "bare"
+        source.mkdir()
+        for path in pictures.glob("*.png"):
+            Image.open(path).save(source / path.name)
+    config = read(
+        tmp_path, DIFFUSION.replace("count = 64", ""), f"model={model}", *TUNE[:-1], f"data.source={source}", *changes
+    )
+    before, after, target = losses_around(config)
+    assert after < (1 - least) * before
+    if "diffusion.method=lora" in changes:
+        sd = StableDiffusion.load(model, device="cpu", dtype="float32")
+        [plain] = sd.txt2img("a red circle", steps=2, seed=1)
+        with sd.load_lora(target):
+            assert sd.txt2img("a red circle", steps=2, seed=1)[0].tobytes() != plain.tobytes()
+    elif "inversion.token=<new>" in changes:
+        sd = StableDiffusion.load(model, device="cpu", dtype="float32")
+        with sd.load_embedding(target, "<new>"):
+            assert sd.txt2img("<new>", steps=2)
+    else:
+        sd = StableDiffusion.load(target, device="cpu", dtype="float32")
+        assert sd.config.inpaints == ("diffusion.inpaint=true" in changes)
+        expected = "v_prediction" if "diffusion.prediction_type=v_prediction" in changes else "epsilon"
+        assert sd.config.schedule.prediction_type == expected
+        grey = Image.new("RGB", (32, 32), "grey")
+        assert sd.inpaint("a red circle", grey, Image.new("L", (32, 32), 255), steps=2)
+
+
+def test_buckets(model, pictures, tmp_path):
+    changes = ("data.buckets=true", "data.flip=true", "data.side=64", f"data.source={pictures}")
+    config = read(tmp_path, DIFFUSION.replace("count = 64", ""), f"model={model}", *TUNE[:-1], *changes)
+    examples = open_examples(str(pictures))
+    task, batches = TASKS["diffusion"](config, examples, make_accelerator(config))
+    shapes = {tuple(batch["image"].shape) for step in range(8) for batch in Feed(batches, task.prepare, 0)[step]}
+    assert len(shapes) > 1 and all(width * height <= 64 * 64 for _, _, height, width in shapes)
+    assert run(config).is_dir()
+
+
+def test_inpainting_starts_as_the_model_it_is_made_of(model):
+    from ldm.train.networks import start_model, widen_for_inpainting
+
+    plain = start_model(model, None, None)
+    widened = widen_for_inpainting(plain)
+    x, beside, context = torch.randn(2, 4, 4, 4), torch.randn(2, 5, 4, 4), torch.randn(2, 7, 16)
+    t = torch.tensor([3, 700])
+    torch.testing.assert_close(widened.unet(torch.cat([x, beside], 1), t, context), plain.unet(x, t, context))
+    assert widen_for_inpainting(widened) is widened
+
+
+def test_masks():
+    from random import Random
+
+    masks = torch.stack([random_mask((48, 32), Random(i)) for i in range(300)])
+    assert masks.shape == (300, 1, 32, 48) and set(masks.unique().tolist()) == {0.0, 1.0}
+    whole = masks.flatten(1).all(dim=1).float().mean().item()
+    assert 0.05 < whole < 0.2 and 0.2 < masks.mean().item() < 0.7
+    assert torch.equal(masks[7], random_mask((48, 32), Random(7)))
+
+
+@pytest.mark.parametrize("prediction_type", list(PREDICTION_TYPES))
+def test_min_snr_is_one_weight_of_the_error_of_x0(prediction_type):
+    """Whatever a network predicts, the same error of x0 counts the same: min(SNR, gamma) times its square."""
+    from ldm import ScheduleConfig
+
+    schedule = NoiseSchedule(ScheduleConfig(prediction_type=prediction_type))
+    t = torch.tensor([0, 10, 200, 500, 999])
+    x0, noise, error = torch.randn(3, 5, 4, 2, 2, dtype=torch.float64).unbind(0)
+
+    def network(x, t):
+        outputs = []
+        for i, step in enumerate(t.tolist()):
+            level = schedule.level(step)
+            wrong = x0[i] + error[i]
+            eps = (x[i] - level.alpha * wrong) / level.sigma
+            v = level.alpha * eps - level.sigma * wrong
+            outputs.append({"epsilon": eps, "v_prediction": v, "sample": wrong}[prediction_type])
+        return torch.stack(outputs)
+
+    losses = diffusion_loss(network, x0, noise, t, schedule) * min_snr_weights(schedule, t, 5.0)
+    alphas_cumprod = schedule.alphas_cumprod[t]
+    expected = (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=5) * error.square().mean((1, 2, 3))
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("prediction_type", list(PREDICTION_TYPES))
+def test_loss_of_a_perfect_network_is_zero(prediction_type):
+    from ldm import ScheduleConfig
+
+    schedule = NoiseSchedule(ScheduleConfig(prediction_type=prediction_type))
+    x0, noise = torch.randn(2, 3, 4, 2, 2).unbind(0)
+    t = torch.tensor([1, 400, 998])
+    perfect = {"epsilon": noise, "v_prediction": schedule.velocity(x0, noise, t), "sample": x0}[prediction_type]
+    assert diffusion_loss(lambda x, t: perfect, x0, noise, t, schedule).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ((), "give a model to start from with model, or the VAE"),
+        (("diffusion.vae=absent",), "absent: no such file"),
+        (("model=absent",), "absent: no such file"),
+    ],
+)
+def test_faults(changes, told, tmp_path):
+    with pytest.raises(Exception, match=told) as caught:
+        run(read(tmp_path, DIFFUSION, *changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_that_is_too_large(model, tmp_path):
+    with pytest.raises(RequestError, match=r"vocab_size is 5000: these captions have words for \d+ tokens"):
+        run(read(tmp_path, DIFFUSION, f"diffusion.vae={model}", "networks.text.vocab_size=5000"))
