@@ -393,8 +393,10 @@ def test_faults_of_what_is_told(whole, tmp_path, clip_tokens):
     path = tmp_path / "m.safetensors"
     with pytest.raises(RequestError, match=r"prediction_type is 'x0': use one of epsilon, v_prediction"):
         Choices(prediction_type="x0")
-    save_file(whole, path, metadata={"modelspec.prediction_type": "x0"})
-    with pytest.raises(CheckpointError, match=r"modelspec\.prediction_type is 'x0'; only epsilon and v_prediction"):
+    save_file(whole, path, metadata={"modelspec.prediction_type": "flow"})
+    with pytest.raises(
+        CheckpointError, match=r"modelspec\.prediction_type is 'flow'; only epsilon, v_prediction, sample"
+    ):
         load_model(path)
     for told, expected in {
         "{": "ldm.config: not valid JSON",
@@ -412,7 +414,7 @@ def test_faults_of_what_is_told(whole, tmp_path, clip_tokens):
     with pytest.raises(CheckpointError, match="zero-terminal SNR needs v_prediction"):
         load_model(path, choices=Choices(zero_terminal_snr=True))
     for yaml, expected in {
-        "model: {params: {parameterization: x0}}": "parameterization is 'x0'; only epsilon or v_prediction",
+        "model: {params: {parameterization: flow}}": "parameterization is 'flow'; only epsilon or v_prediction",
         "model: {params: {linear_start: -1}}": "linear_start is -1; only a positive number",
         "model: {params: {unet_config: {params: {num_heads: 1e9}}}}": "num_heads is",
         "model: [": "not valid YAML",

@@ -411,7 +411,7 @@ def test_pickles_run_no_code(tmp_path, capsys):
         ("vae/config.json", {"latent_channels": 8}, "the VAE reads 8"),
         ("text_encoder/config.json", {"num_attention_heads": 5}, "heads is 5, which does not divide width, 128"),
         ("text_encoder/config.json", {"layer_norm_eps": 0.5}, "only 1e-05 is supported"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "epsilon or v_prediction"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "epsilon or v_prediction"),
         ("scheduler/scheduler_config.json", {"beta_end": 2.0}, "of the signal at the end"),
         ("scheduler/scheduler_config.json", {"beta_start": 1e-300}, "of the signal at the end"),
     ],

@@ -253,7 +253,7 @@ def _from_modelspec(file: TensorFile) -> dict[str, Any]:
     told = detect.PARAMETERIZATIONS.get(told, told)
     if told not in PREDICTION_TYPES:
         raise CheckpointError(
-            f"{file.path}: {MODELSPEC_KEY} is {told!r:.50}; only {' and '.join(PREDICTION_TYPES)} are supported"
+            f"{file.path}: {MODELSPEC_KEY} is {told!r:.50}; only {', '.join(PREDICTION_TYPES)} are supported"
         )
     return {"prediction_type": told}
 
