@@ -57,7 +57,7 @@ SHAPES: dict[str, tuple[Outline, Outline]] = {
     "triangle": ([(0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)], []),
     "star": (star(), []),
     "heart": (heart(), []),
-    "diamond": ([(0.0, -1.1), (0.7, 0.0), (0.0, 1.1), (-0.7, 0.0)], []),
+    "diamond": ([(0.0, -1.05), (0.68, 0.0), (0.0, 1.05), (-0.68, 0.0)], []),
     "ring": (polygon(96), polygon(96, 0.55)),
     "cross": (cross(), []),
 }
