@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,15 @@ from PIL import Image
 from train_runs import DIFFUSION, VAE, make_model, read
 
 from ldm import StableDiffusion
-from ldm.checkpoint import load_vae
+from ldm.checkpoint import load_text, load_vae
 from ldm.diffusion import NoiseSchedule
 from ldm.diffusion.loss import diffusion_loss, min_snr_weights
 from ldm.diffusion.prediction import PREDICTION_TYPES
-from ldm.errors import RequestError
+from ldm.errors import CheckpointError, LdmError, RequestError
 from ldm.train.config import TrainConfig
 from ldm.train.data import open_examples
 from ldm.train.feed import Feed
-from ldm.train.loop import make_accelerator, train
+from ldm.train.loop import make_accelerator, prepare_folder, train
 from ldm.train.masks import random_mask
 from ldm.train.shapes import draw_scene
 from ldm.train.start import TASKS, run
@@ -51,6 +52,7 @@ def pictures(tmp_path_factory) -> Path:
 def losses_around(config: TrainConfig) -> tuple[float, float, Path]:
     """What a run optimises, on the same draws before and after it; and its result."""
     accelerator = make_accelerator(config)
+    prepare_folder(Path(config.folder), config, resume=False)
     data = config.data
     examples = open_examples(data.source, seed=data.seed, count=data.count, side=data.side, caption=data.caption)
     task, batches = TASKS[config.task](config, examples, accelerator)
@@ -229,12 +231,54 @@ def test_loss_of_a_perfect_network_is_zero(prediction_type):
         ((), "give a model to start from with model, or the VAE"),
         (("diffusion.vae=absent",), "absent: no such file"),
         (("model=absent",), "absent: no such file"),
+        (("model=MODEL", *LORA, "diffusion.inpaint=true"), "has 4 input channels, and learning with diffusion.inpaint"),
+        (("model=MODEL", "diffusion.zero_terminal_snr=true"), "zero-terminal SNR needs v_prediction"),
+        (
+            (
+                "model=MODEL",
+                "diffusion.prediction_type=v_prediction",
+                "diffusion.zero_terminal_snr=true",
+                "diffusion.min_snr=5",
+            ),
+            "diffusion.min_snr gives steps without signal no weight",
+        ),
+        (("model=MODEL", "networks.schedule.prediction_type=x"), "prediction_type is 'x': use one of"),
+        (("output=samples",), "output is 'samples'"),
+        (("output=a/b",), "output is 'a/b'"),
+        (("model=MODEL", *LORA, "output=lora.pt"), "output is 'lora.pt': use a name that ends in .safetensors"),
+        (("data.side=500",), "width is 500"),
+        (("samples.prompts=a cat",), "prompts is 'a cat': use a list"),
+        (("optimizer.clip=-1",), "clip is -1"),
     ],
 )
-def test_faults(changes, told, tmp_path):
-    with pytest.raises(Exception, match=told) as caught:
-        run(read(tmp_path, DIFFUSION, *changes))
+def test_faults(changes, told, model, tmp_path):
+    with pytest.raises(LdmError, match=re.escape(told)) as caught:
+        run(read(tmp_path, DIFFUSION, *(change.replace("MODEL", str(model)) for change in changes)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [("data.side=50",), ("data.crop=12",), ("data.crop=64",)])
+def test_sizes_that_no_autoencoder_takes(changes, tmp_path):
+    with pytest.raises(RequestError, match=r"use a multiple of 8"):
+        run(read(tmp_path, VAE, *changes))
+
+
+def test_what_does_not_learn_is_written_as_it_was(model, tmp_path):
+    """A run in bfloat16 rounds what it computes with, not the result's VAE and text encoder."""
+    changes = ("loop.precision=bfloat16", "diffusion.train_text=false", "loop.steps=1", "data.count=8")
+    target = run(read(tmp_path, DIFFUSION, f"model={model}", *changes))
+    for load in (load_vae, load_text):
+        before, after = (load(path).state_dict() for path in (model, target))
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_state_of_another_way_to_train(model, tmp_path):
+    changes = (f"model={model}", "loop.steps=1", "data.count=8", "output=x.safetensors")
+    run(read(tmp_path, DIFFUSION, *changes))
+    with pytest.raises(
+        CheckpointError, match=r"not the state of this run \(it has \d+ parameters, this run trains \d+"
+    ):
+        run(read(tmp_path, DIFFUSION, *changes, "loop.steps=2", "diffusion.method=lora"), resume=True)
 
 
 def test_a_vocabulary_that_is_too_large(model, tmp_path):

@@ -28,10 +28,12 @@ def add_commands(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.train.config import read_train_config
-
-    config = read_train_config(args.config, args.changes)
     try:
+        import tomli_w  # noqa: F401 (the last of the extra to be needed)
+
+        from ldm.train.config import read_train_config
+
+        config = read_train_config(args.config, args.changes)
         from ldm.train import start
     except ModuleNotFoundError as error:
         raise RequestError(f"training needs {error.name}: pip install 'ldm[train]'") from error

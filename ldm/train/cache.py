@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from tqdm import tqdm
 from ldm.files import staged_file
 from ldm.images import to_tensor
 from ldm.models.vae import VAE
+from ldm.train.config import Data
 from ldm.train.data import Examples, fit, load_example
 
 log = logging.getLogger(__name__)
 
 Sizes = Sequence[tuple[int, int]]
-BATCH = 8
+PIXELS = 512 * 512  # to encode at once
 
 
 class Cache:
@@ -29,8 +31,11 @@ class Cache:
 
     def __init__(self, latents: dict[str, Tensor], sizes: Sizes):
         self._latents, self._sizes = latents, sizes
-        rows: dict[tuple[int, int], int] = {}
-        self._rows = [rows.update({size: rows.get(size, -1) + 1}) or rows[size] for size in sizes]
+        taken: Counter[tuple[int, int]] = Counter()
+        self._rows = []
+        for size in sizes:
+            self._rows.append(taken[size])
+            taken[size] += 1
 
     def __getitem__(self, number: int) -> Tensor:
         return self._latents[_name(self._sizes[number])][self._rows[number]]
@@ -41,9 +46,9 @@ def _name(size: tuple[int, int]) -> str:
 
 
 @torch.no_grad()
-def open_cache(path: Path, vae: VAE, examples: Examples, sizes: Sizes, device: torch.device) -> Cache:
+def open_cache(path: Path, vae: VAE, examples: Examples, sizes: Sizes, data: Data, device: torch.device) -> Cache:
     """The latents of all examples, cut to `sizes` (width, height): from `path` if it holds these, else made anew."""
-    key = _key(vae, examples, sizes)
+    key = _key(vae, examples, sizes, data)
     if path.is_file() and _key_of(path) == key:
         return Cache(load_file(path), sizes)
     latents: dict[str, Tensor] = {}
@@ -51,9 +56,10 @@ def open_cache(path: Path, vae: VAE, examples: Examples, sizes: Sizes, device: t
         for size in dict.fromkeys(sizes):
             numbers = [number for number, own in enumerate(sizes) if own == size]
             parts = []
-            for start in range(0, len(numbers), BATCH):
+            batch = max(1, PIXELS // (size[0] * size[1]))
+            for start in range(0, len(numbers), batch):
                 pictures = [
-                    fit(load_example(examples, number).image, size) for number in numbers[start : start + BATCH]
+                    fit(load_example(examples, number).image, size) for number in numbers[start : start + batch]
                 ]
                 posterior = vae.encode(torch.cat([to_tensor(picture) for picture in pictures]).to(device))
                 parts.append(
@@ -66,12 +72,12 @@ def open_cache(path: Path, vae: VAE, examples: Examples, sizes: Sizes, device: t
     return Cache(latents, sizes)
 
 
-def _key(vae: VAE, examples: Examples, sizes: Sizes) -> str:
-    """What the latents depend on: the encoder's weights, and which pictures there are, in which order."""
+def _key(vae: VAE, examples: Examples, sizes: Sizes, data: Data) -> str:
+    """What the latents depend on: the encoder's weights, and which pictures there are, from where, in which order."""
     digest = hashlib.sha256()
-    for parameter in vae.encoder.parameters():
+    for parameter in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
         digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
-    digest.update(repr([(examples.name(number), size) for number, size in enumerate(sizes)]).encode())
+    digest.update(repr([data, *((examples.name(number), size) for number, size in enumerate(sizes))]).encode())
     return digest.hexdigest()
 
 

@@ -25,6 +25,7 @@ from ldm.request import Request
 TASKS = ("vae", "diffusion")
 METHODS = ("full", "lora", "textual_inversion")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+OF_A_RUN = ("state.pt", "config.toml", "run.json", "metrics.jsonl", "samples", "tensorboard", "prior", "curves.png")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -67,11 +68,12 @@ class Optimizer:
     warmup: int = 0  # steps
     betas: tuple[float, ...] = (0.9, 0.999)  # two
     weight_decay: float = 0.01
-    clip: float = 1.0  # the largest norm of all gradients together
+    clip: float = 1.0  # the largest norm of all gradients together; 0 for any
 
     def __post_init__(self) -> None:
         _check_choice("decay", self.decay, ("constant", "cosine"))
         _check_least(0, learning_rate=self.learning_rate, warmup=self.warmup, weight_decay=self.weight_decay)
+        _check_least(0, clip=self.clip)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}: use two numbers from 0 to below 1")
 
@@ -206,8 +208,19 @@ class TrainConfig:
     prior: Prior = field(default_factory=Prior)
     samples: Samples = field(default_factory=Samples)
 
+    def request(self, prompt: str, seed: int) -> Request:
+        """What is asked of the model for a picture to look at."""
+        side, samples = self.data.side, self.samples
+        return Request(prompt, seed=seed, steps=samples.steps, cfg_scale=samples.cfg_scale, width=side, height=side)
+
     def __post_init__(self) -> None:
         _check_choice("task", self.task, TASKS)
+        _check_choice("networks.schedule.prediction_type", self.networks.schedule.prediction_type, PREDICTION_TYPES)
+        whole = self.task == "diffusion" and self.diffusion.method == "full"
+        if Path(self.output).name != self.output or not (whole or self.output.endswith(".safetensors")):
+            raise ValueError(f"output is {self.output!r:.100}: use a name that ends in .safetensors")
+        if self.output in OF_A_RUN:
+            raise ValueError(f"output is {self.output!r}, as something else in a run's folder: use another name")
         _check_choice("output_dtype", self.output_dtype, PRECISIONS)
         method = self.diffusion.method
         if method != "full" and self.model is None:
@@ -216,8 +229,8 @@ class TrainConfig:
             raise ValueError("diffusion.method is 'textual_inversion': give its new word with inversion.token")
         if self.diffusion.cache and self.data.flip:
             raise ValueError("diffusion.cache and data.flip do not go together: a picture has one encoding")
-        for prompt in self.samples.prompts:
-            Request(prompt, steps=self.samples.steps, cfg_scale=self.samples.cfg_scale)
+        for prompt in (*self.samples.prompts, *self.prior.prompts):
+            self.request(prompt, self.samples.seed)
 
 
 def read_train_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
@@ -277,6 +290,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return _build(kind, value, where)
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(_value(get_args(kind)[0], each, where) for each in value)
+    if get_origin(kind) is tuple:
+        raise RequestError(f"{where} is {value!r:.50}: use a list, such as [1, 2]")
     alternatives = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     if float in alternatives and type(value) is int:
         return float(value)

@@ -6,7 +6,9 @@ they are saved as: a table of `METHODS`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -18,9 +20,9 @@ from torch import Tensor, nn
 from ldm.checkpoint import Model
 from ldm.diffusion import NoiseSchedule
 from ldm.diffusion.loss import diffusion_loss, min_snr_weights
-from ldm.images import contact_sheet, to_tensor
+from ldm.errors import RequestError
+from ldm.images import grid, to_tensor
 from ldm.pipeline import StableDiffusion
-from ldm.request import Request
 from ldm.train.cache import Cache
 from ldm.train.config import TrainConfig
 from ldm.train.data import Examples, fit, load_example
@@ -28,6 +30,7 @@ from ldm.train.feed import Batch
 from ldm.train.masks import random_mask
 from ldm.train.methods import METHODS
 from ldm.train.networks import checkpoint_gradients
+from ldm.train.sheets import captioned
 from ldm.train.task import Task
 
 
@@ -50,13 +53,19 @@ class DiffusionTask(Task):
         """
         super().__init__()
         self.config, self.examples, self.sizes, self.cache, self.own = config, examples, sizes, cache, own
-        self.model = (model,)  # in a tuple, so that nothing of it is taken for a part of this module
-        self.schedule = NoiseSchedule(model.config.schedule)
+        self.schedule = _schedule(config, model)
         full = config.diffusion.method == "full"
         learns = {"unet": full, "vae": False, "text": full and config.diffusion.train_text}
+        running = {}
         for name, whole in learns.items():  # what only runs needs no more than the precision it runs in
             dtype = torch.float32 if whole else getattr(torch, config.loop.precision)
-            getattr(model, name).to(device, dtype).train(whole)
+            network = getattr(model, name)
+            if full and dtype != torch.float32:
+                network = copy.deepcopy(network)  # the original is written, as it was
+            running[name] = network.to(device, dtype).train(name != "vae")
+        self.model = (
+            replace(model, **running),
+        )  # in a tuple, so that nothing of it is taken for a part of this module
         self.method = METHODS[config.diffusion.method](config, model)
         self.learning = nn.ModuleDict(self.method.learning)
         if config.loop.gradient_checkpointing:
@@ -145,15 +154,20 @@ class DiffusionTask(Task):
             network.eval()
         precision = next(model.vae.parameters()).dtype
         sd = StableDiffusion(model.unet, model.vae, model.text, model.config, "training", self.device, precision)
-        side = self.config.data.side
-        drawn = [
-            sd.generate(
-                Request(
-                    prompt, seed=samples.seed, steps=samples.steps, cfg_scale=samples.cfg_scale, width=side, height=side
-                )
-            )[0]
-            for prompt in samples.prompts
-        ]
+        drawn = [sd.generate(self.config.request(prompt, samples.seed))[0] for prompt in samples.prompts]
         for network, mode in modes.items():
             network.train(mode)
-        return contact_sheet(drawn, [""], list(samples.prompts))
+        return grid([captioned(picture, prompt) for picture, prompt in zip(drawn, samples.prompts, strict=True)])
+
+
+def _schedule(config: TrainConfig, model: Model) -> NoiseSchedule:
+    """Raises RequestError for what no schedule can be, and for a loss that would leave its end out."""
+    try:
+        schedule = NoiseSchedule(model.config.schedule)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    if schedule.config.zero_terminal_snr and config.diffusion.min_snr is not None:
+        raise RequestError(
+            "diffusion.min_snr gives steps without signal no weight, and zero_terminal_snr is about them"
+        )
+    return schedule

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,12 +26,11 @@ from ldm.runtime.noise import seeded_noise
 from ldm.train.data import Examples
 from ldm.train.judge import Verdict, judge
 from ldm.train.shapes import KINDS, Scene, draw_scene
+from ldm.train.sheets import captioned
 
 UNSEEN = "unseen"  # the kind of scenes with one thing, whose pair of colour and shape is never in training
 ALL_KINDS = (*KINDS, UNSEEN)
 SHOWN = 100  # pictures on a contact sheet at most
-FRAME, LINES, LETTERS = 4, 4, 24  # pixels around a picture; lines of its caption, and letters of a line
-CAPTION_FONT, CELL = 9, 136  # pixels: its height, and the width that it needs
 
 
 @dataclass(frozen=True)
@@ -156,17 +154,8 @@ def _share(flags: Sequence[bool | None]) -> str:
 
 def sheet(judged: Sequence[Judged]) -> Image.Image:
     """SHOWN of the pictures at most, evenly chosen: framed green where all is right, red elsewhere, with captions."""
-    return grid([_framed(each) for each in judged[:: -(-len(judged) // SHOWN)]])
-
-
-def _framed(judged: Judged) -> Image.Image:
-    framed = ImageOps.expand(judged.picture, FRAME, "green" if judged.verdict.right else "red")
-    font = ImageFont.load_default(CAPTION_FONT)
-    text = "\n".join(textwrap.wrap(judged.caption, LETTERS, max_lines=LINES, placeholder="…"))
-    cell = Image.new("RGB", (max(framed.width, CELL), framed.height + (LINES + 1) * (CAPTION_FONT + 4)), "white")
-    cell.paste(framed, ((cell.width - framed.width) // 2, 0))
-    ImageDraw.Draw(cell).multiline_text((cell.width / 2, framed.height + 2), text, "black", font, "ma", align="center")
-    return cell
+    shown = judged[:: -(-len(judged) // SHOWN)]
+    return grid([captioned(each.picture, each.caption, "green" if each.verdict.right else "red") for each in shown])
 
 
 # ---------------------------------------------------------------------------------------------------------- measures

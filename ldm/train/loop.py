@@ -37,19 +37,20 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """The processes and devices of this run, as `accelerate launch` set them up; one without it."""
     AcceleratorState._reset_state()  # of an earlier run in this process, whose precision may have been another
     several_turns = DistributedDataParallelKwargs(find_unused_parameters=bool(config.vae.adversarial))
-    return Accelerator(mixed_precision=PRECISIONS[config.loop.precision], kwargs_handlers=[several_turns])
+    try:
+        return Accelerator(mixed_precision=PRECISIONS[config.loop.precision], kwargs_handlers=[several_turns])
+    except ValueError as error:
+        raise RequestError(
+            f"loop.precision is {config.loop.precision!r}, which this machine has not ({error})"
+        ) from error
 
 
 def train(config: TrainConfig, task: Task, batches: Any, accelerator: Accelerator, resume: bool) -> Path:
     """Train to the last step of the config, and answer with the path of the result.
 
-    Raises RequestError for a folder that holds another run, CheckpointError for a state that cannot be read, and
-    NumericalError for a loss that is not finite.
+    Raises CheckpointError for a state that is not this run's, and NumericalError for a loss that is not finite.
     """
     folder = Path(config.folder)
-    if accelerator.is_main_process:
-        prepare_folder(folder, config, resume)
-    accelerator.wait_for_everyone()
     feed = Feed(
         batches, task.prepare, config.seed, micro_batch=config.loop.micro_batch,
         process=accelerator.process_index, processes=accelerator.num_processes,
@@ -65,20 +66,20 @@ def train(config: TrainConfig, task: Task, batches: Any, accelerator: Accelerato
             bar.update()
             done = step + 1
             if done % config.loop.log_every == 0 or done == last:
-                _report(bar, record, done, values, config)
+                _report(bar, record, done, run.mean(values), config)
+            if done % config.loop.save_every == 0 or done == last:
+                with run.averaged():  # the result first: it is refused where it is not finite, and then the state stays
+                    if accelerator.is_main_process:
+                        task.save(target, config.output_dtype)
+                run.save(folder / STATE, done)
+                if record is not None:
+                    record.draw_curves()
             if done % config.loop.sample_every == 0 or done == last:
                 with run.averaged():
                     sheet = task.pictures() if accelerator.is_main_process else None
                 if record is not None and sheet is not None:
                     record.picture(done, "samples", sheet)
-            if done % config.loop.save_every == 0 or done == last:
-                run.save(folder / STATE, done)
-                with run.averaged():
-                    if accelerator.is_main_process:
-                        task.save(target, config.output_dtype)
-                if record is not None:
-                    record.draw_curves()
-            accelerator.wait_for_everyone()
+                accelerator.wait_for_everyone()
     if record is not None:
         record.close()
     return target
@@ -119,14 +120,15 @@ class Run:
         self.ema = None if decay is None else EMA(self.parameters, decay)
 
     def step(self, micro_batches: list[Batch], step: int) -> Mapping[str, Tensor]:
-        """One step of the optimizer of each turn; answers with the losses, means over all processes."""
+        """One step of the optimizer of each turn; answers with the losses of this process."""
         recorded: dict[str, Tensor] = {}
         rate = learning_rate(self.config.optimizer, step, self.config.loop.steps)
         micro_batches = [
             {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()} for batch in micro_batches
         ]
         self.module.train()
-        for turn, optimizer in self.optimizers.items():
+        for turn in self.task.turns_at(step):
+            optimizer = self.optimizers[turn]
             for group in optimizer.param_groups:
                 group["lr"] = rate
             for number, batch in enumerate(micro_batches):
@@ -146,7 +148,11 @@ class Run:
             self.module.zero_grad()  # also what other turns' networks got
         if self.ema is not None:
             self.ema.update(self.parameters, step)
-        return {name: self.accelerator.reduce(value, "mean") for name, value in recorded.items()}
+        return recorded
+
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Over all processes."""
+        return {name: self.accelerator.reduce(value, "mean") for name, value in values.items()}
 
     def averaged(self) -> Any:
         """With the averages, if any, as parameters."""

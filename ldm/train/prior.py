@@ -12,8 +12,7 @@ from tqdm import tqdm
 from ldm.checkpoint import Model
 from ldm.files import staged_file
 from ldm.pipeline import StableDiffusion
-from ldm.request import Request
-from ldm.train.config import Prior, Samples
+from ldm.train.config import TrainConfig
 from ldm.train.data import Example, Examples, Size, load_example
 
 
@@ -59,20 +58,23 @@ class Joined:
         return f"{self.first.summary()}; {self.second.summary()}"
 
 
-def draw_prior(folder: Path, model: Model, prior: Prior, samples: Samples, side: int, device: torch.device) -> None:
+def draw_prior(folder: Path, model: Model, config: TrainConfig, device: torch.device) -> None:
     """Fill a folder with the model's pictures of the class, those that it lacks, each under the number of its seed."""
+    prior = config.prior
     missing = [seed for seed in range(prior.count) if not (folder / f"{seed}.txt").is_file()]
     if not missing:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for network in (model.unet, model.vae, model.text):
+    networks = (model.unet, model.vae, model.text)
+    for network in networks:
         network.to(device)
-    sd = StableDiffusion(model.unet, model.vae, model.text, model.config, "prior", device, torch.float32)
+    sd = StableDiffusion(*networks, model.config, "prior", device, torch.float32)
     for seed in tqdm(missing, unit="picture", desc="drawing the prior"):
         prompt = prior.prompts[seed % len(prior.prompts)]
-        request = Request(prompt, seed=seed, steps=samples.steps, cfg_scale=samples.cfg_scale, width=side, height=side)
-        [picture] = sd.generate(request)
+        [picture] = sd.generate(config.request(prompt, seed))
         with staged_file(folder / f"{seed}.png", overwrite=True) as temporary:
             picture.save(temporary, format="PNG")
         with staged_file(folder / f"{seed}.txt") as temporary:  # last: it tells that the picture is there
             temporary.write_text(prompt, encoding="utf-8")
+    for network in networks:
+        network.cpu()

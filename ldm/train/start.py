@@ -12,7 +12,7 @@ from ldm.train.cache import open_cache
 from ldm.train.config import TrainConfig
 from ldm.train.data import Batches, Examples, assign, bucket_sizes, open_examples
 from ldm.train.diffusion import DiffusionTask
-from ldm.train.loop import make_accelerator, train
+from ldm.train.loop import make_accelerator, prepare_folder, train
 from ldm.train.networks import new_model, start_model, widen_for_inpainting
 from ldm.train.prior import Joined, draw_prior
 from ldm.train.task import Task
@@ -28,6 +28,9 @@ def run(config: TrainConfig, resume: bool = False) -> Path:
             f"loop.batch_size is {config.loop.batch_size}: use a multiple of {accelerator.num_processes} processes "
             f"times loop.micro_batch, {micro_batch}"
         )
+    if accelerator.is_main_process:
+        prepare_folder(Path(config.folder), config, resume)
+    accelerator.wait_for_everyone()
     data = config.data
     examples = open_examples(data.source, seed=data.seed, count=data.count, side=data.side, caption=data.caption)
     task, batches = TASKS[config.task](config, examples, accelerator)
@@ -50,11 +53,17 @@ def _diffusion(config: TrainConfig, examples: Examples, accelerator: Accelerator
     own = len(examples)
     if config.prior.prompts:
         with accelerator.main_process_first():
-            draw_prior(folder / "prior", model, config.prior, config.samples, data.side, accelerator.device)
+            draw_prior(folder / "prior", model, config, accelerator.device)
         examples = Joined(examples, open_examples(str(folder / "prior")))
         own = examples.half
-    if settings.inpaint:
+    if settings.inpaint and settings.method == "full":
         model = widen_for_inpainting(model)
+    wanted = model.config.vae.latent_channels * (2 if settings.inpaint else 1) + settings.inpaint
+    if (channels := model.config.unet.in_channels) != wanted:
+        raise RequestError(
+            f"the U-Net of {config.model} has {channels} input channels, and learning "
+            f"{'with' if settings.inpaint else 'without'} diffusion.inpaint by {settings.method!r} needs {wanted}"
+        )
     multiple = model.config.vae.downsampling * 2 ** (len(model.config.unet.channel_mult) - 1)
     sizes, buckets = [(data.side, data.side)], None
     if data.buckets:
@@ -64,9 +73,8 @@ def _diffusion(config: TrainConfig, examples: Examples, accelerator: Accelerator
     cache = None
     if settings.cache:
         model.vae.to(accelerator.device)
-        folder.mkdir(parents=True, exist_ok=True)
         with accelerator.main_process_first():
-            cache = open_cache(folder / "latents.safetensors", model.vae, examples, cut, accelerator.device)
+            cache = open_cache(folder / "latents.safetensors", model.vae, examples, cut, data, accelerator.device)
     task = DiffusionTask(config, model, examples, cut, accelerator.device, cache, own)
     return task, Batches(len(examples), config.loop.batch_size, config.seed, buckets)
 

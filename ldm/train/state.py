@@ -44,6 +44,12 @@ def load_state(path: Path, module: nn.Module, optimizers: Optimizers, ema: EMA |
     """Put a state back, and answer with its step. Raises CheckpointError for one of another run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        saved = {f"module.{name}" for name in state["parameters"]} if _is_wrapped(module) else set(state["parameters"])
+        if names != saved or state["optimizers"].keys() != optimizers.keys():
+            raise ValueError(
+                f"it has {len(saved)} parameters, this run trains {len(names)}, {len(names & saved)} in common"
+            )
         set_model_state_dict(module, state["parameters"], options=ONTO)
         for turn, optimizer in optimizers.items():
             set_optimizer_state_dict(module, optimizer.optimizer, state["optimizers"][turn], options=ONTO)
@@ -58,3 +64,8 @@ def load_state(path: Path, module: nn.Module, optimizers: Optimizers, ema: EMA |
         raise CheckpointError(
             f"{path}: not the state of this run ({told:.200}); start anew in another folder"
         ) from error
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """For several processes, which puts all names below `module`."""
+    return isinstance(module, nn.parallel.DistributedDataParallel)

@@ -18,6 +18,10 @@ class Task(ABC, nn.Module):
 
     turns: tuple[str, ...] = ("network",)  # whose losses a step minimises, one after the other
 
+    def turns_at(self, step: int) -> tuple[str, ...]:
+        """Those of a step."""
+        return self.turns
+
     @abstractmethod
     def prepare(self, number: int, generator: torch.Generator) -> Batch:
         """The tensors of one example, randomness included."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import load_vae
 from ldm.checkpoint.convert import Conversion
 from ldm.checkpoint.save import save_networks
+from ldm.errors import RequestError
 from ldm.images import contact_sheet, to_image, to_tensor
 from ldm.train.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from ldm.train.config import TrainConfig
@@ -39,12 +40,21 @@ class VAETask(Task):
         torch.manual_seed(config.seed)
         self.vae = new_vae(config.networks) if config.model is None else load_vae(config.model)
         self.vae.train()
+        side = config.data.crop or config.data.side
+        if side > config.data.side or side % self.vae.config.downsampling:
+            raise RequestError(
+                f"data.crop or data.side is {side}: use a multiple of {self.vae.config.downsampling}, and a crop no "
+                "larger than data.side"
+            )
         if config.loop.gradient_checkpointing:
             checkpoint_gradients(self.vae)
         self.discriminator = PatchDiscriminator() if config.vae.adversarial else None
         if self.discriminator is not None:
             self.turns = ("autoencoder", "discriminator")
         self.perceptual = PerceptualDistance() if config.vae.perceptual else None
+
+    def turns_at(self, step: int) -> tuple[str, ...]:
+        return self.turns if step >= self.config.vae.adversarial_start else self.turns[:1]
 
     def learners(self, turn: str) -> list[nn.Parameter]:
         network = self.discriminator if turn == "discriminator" else self.vae
@@ -66,7 +76,7 @@ class VAETask(Task):
     def forward(self, batch: Batch, step: int, turn: str) -> Mapping[str, Tensor]:
         image, weights = batch["image"], self.config.vae
         if turn == "discriminator":
-            return self._discriminate(image, batch["noise"], step)
+            return self._discriminate(image, batch["noise"])
         posterior = self.vae.encode(image)
         reconstruction = self.vae.decode(posterior.at(batch["noise"]))
         error = reconstruction - image
@@ -86,12 +96,11 @@ class VAETask(Task):
             loss = loss + weights.adversarial * weight * terms["adversarial"]
         return {**terms, "loss": loss}
 
-    def _discriminate(self, image: Tensor, noise: Tensor, step: int) -> Mapping[str, Tensor]:
+    def _discriminate(self, image: Tensor, noise: Tensor) -> Mapping[str, Tensor]:
         assert self.discriminator is not None
         with torch.no_grad():
             reconstruction = self.vae.decode(self.vae.encode(image).at(noise))
-        loss = discriminator_loss(self.discriminator(image), self.discriminator(reconstruction))
-        return {"loss": loss * (step >= self.config.vae.adversarial_start)}
+        return {"loss": discriminator_loss(self.discriminator(image), self.discriminator(reconstruction))}
 
     def save(self, target: Path, dtype: str) -> None:
         """As a file of its own; a new autoencoder's scale factor makes the variance of its latents 1."""
