@@ -267,8 +267,9 @@ def test_interrupt(tmp_path):
     """Ctrl-C ends within a step, with exit code 130, and leaves no partial file."""
     args = ["-p", "a", "-s", "1000", "--batch-count", "50", "--outdir", str(tmp_path)]
     process = subprocess.Popen(
-        [sys.executable, "-u", str(SCRIPTS / "txt2img.py"), *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+        [sys.executable, "-u", str(SCRIPTS / "txt2img.py"), *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which background jobs of a shell ignore
+    )  # fmt: skip
     seen = b""
     while b"/1000 [00:0" not in seen or b" 0/1000" in seen.rsplit(b"\r", 1)[-1]:  # until a first step is made
         chunk = os.read(process.stderr.fileno(), 4096)
