@@ -73,6 +73,11 @@ class DiffusionTask(Task):
         self.device = device
 
     def prepare(self, number: int, generator: torch.Generator) -> Batch:
+        """noise, posterior_noise (c, h, w), t (), weight (), tokens (n,), and what the latents are made of.
+
+        That is moments (2·c, h, w) from the cache, or the image (3, height, width) in [-1, 1]. For inpainting the
+        image in any case, and a mask (1, height, width), 1 where to paint.
+        """
         settings, model = self.config.diffusion, self.model[0]
         latent_shape = self._latent_shape(number)
         chance = Random(torch.randint(2**62, (1,), generator=generator).item())
@@ -104,6 +109,7 @@ class DiffusionTask(Task):
         return vae.latent_channels, height // vae.downsampling, width // vae.downsampling
 
     def forward(self, batch: Batch, step: int, turn: str) -> Mapping[str, Tensor]:
+        """The weighted squared error of what the U-Net predicts."""
         model, t = self.model[0], batch["t"]
         latents = self._latents(batch)
         context = self._context(batch["tokens"])

@@ -41,6 +41,7 @@ def full(config: TrainConfig, model: Model) -> Method:
 
 
 def lora(config: TrainConfig, model: Model) -> Method:
+    """Low-rank factors beside the layers of the U-Net, and of the text encoder if it is to learn."""
     settings = config.lora
     chance = generator(config.seed, "lora")
     model.vae.requires_grad_(False)
@@ -60,6 +61,7 @@ def lora(config: TrainConfig, model: Model) -> Method:
 
 
 def textual_inversion(config: TrainConfig, model: Model) -> Method:
+    """The vectors of a new word, and nothing else."""
     settings = config.inversion
     for network in (model.unet, model.vae):
         network.requires_grad_(False)

@@ -174,6 +174,8 @@ PLAINEST = 0.4  # how often a choice is the first of its list
 
 
 def caption_of(scene: Scene, random: Random | None) -> str:
+    """What a scene shows, in words; the first of every list of wordings without `random`."""
+
     def choose(options: tuple[str, ...]) -> str:
         return options[0] if random is None or random.random() < PLAINEST else random.choice(options)
 

@@ -62,6 +62,7 @@ class VAETask(Task):
         return list(network.parameters())
 
     def prepare(self, number: int, generator: torch.Generator) -> Batch:
+        """image (3, h, w) in [-1, 1], and noise for a draw of its latents (c, h/8, w/8)."""
         chance = random.Random(torch.randint(2**62, (1,), generator=generator).item())
         data = self.config.data
         mirrored = data.flip and chance.random() < 0.5
@@ -74,6 +75,7 @@ class VAETask(Task):
         return {"image": to_tensor(image)[0], "noise": noise}
 
     def forward(self, batch: Batch, step: int, turn: str) -> Mapping[str, Tensor]:
+        """The terms of the autoencoder's loss, each without its weight, or the discriminator's loss."""
         image, weights = batch["image"], self.config.vae
         if turn == "discriminator":
             return self._discriminate(image, batch["noise"])
