@@ -13,23 +13,23 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ldm.config import ModelConfig
+from ldm.diffusion.prediction import PREDICTION_TYPES
 from ldm.errors import RequestError
 from ldm.request import Request
 
 TASKS = ("vae", "diffusion")
 METHODS = ("full", "lora", "textual_inversion")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 OF_A_RUN = ("state.pt", "config.toml", "run.json", "metrics.jsonl", "samples", "tensorboard", "prior", "curves.png")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r:.50}: use one of {', '.join(choices)}")
 
