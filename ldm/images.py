@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # decoders with no prog
 SMALLEST_FONT, LARGEST_FONT = 14, 48  # pixels, of the labels on a contact sheet; between, a 24th of a picture's width
 LABEL_LENGTH = 40  # characters
 LABEL_GAP = 4  # pixels around a label
+
+_FILTERS = Lock()  # those of warnings belong to all threads
 
 
 def load_image(source: str | Path | Image.Image, background: str = "white") -> Image.Image:
@@ -44,15 +48,20 @@ def load_image(source: str | Path | Image.Image, background: str = "white") -> I
 def open_image(path: str | Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """An image file, decoded, with its text chunks in `info`. Raises ImageError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # past Pillow's limit of 89 megapixels
-            image = Image.open(path, formats=formats)
+        image = open_header(path, formats)
         image.load()
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such image") from error
     except Exception as error:  # decoders of damaged files raise anything
         raise ImageError(f"{path}: not a readable image ({error}); use one of {', '.join(formats)}") from error
     return image
+
+
+def open_header(source: str | Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """A picture of which no more than the header has been read, and that is no bomb. Raises whatever Pillow raises."""
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # past Pillow's limit of 89 megapixels
+        return Image.open(source, formats=formats)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

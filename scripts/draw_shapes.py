@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 from tqdm import tqdm
 
-from ldm.cli.app import Parser
+from ldm.cli.app import Parser, exit_code
+from ldm.errors import RequestError
 from ldm.files import made_folder, staged_folder
 from ldm.train.shapes import KINDS, NEW_SHAPES, SHAPES, SPLITS, draw_scene
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line, sys.argv's where none is given, and return its exit code."""
+    return exit_code("draw_shapes", lambda: draw(build_parser().parse_args(argv)))
+
+
+def build_parser() -> Parser:
     parser = Parser(prog="draw_shapes", description=__doc__.split(":")[0] + ", as ldm train reads them.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new folder")
     parser.add_argument("--count", type=int, default=20, help="pictures (default 20)")
@@ -26,23 +34,23 @@ def main() -> int:
     parser.add_argument(
         "--shape", choices=[*SHAPES, *NEW_SHAPES], help="of the one thing in each picture, such as moon, which is new"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def draw(args: Namespace) -> None:
+    if args.count < 1 or args.side < 8:
+        raise RequestError(f"--count is {args.count} and --side {args.side}: use 1 or more, and 8 or more")
     lines = []
-    try:
-        with made_folder(args.folder.parent), staged_folder(args.folder) as folder:
-            for number in tqdm(range(args.count), unit="picture"):
-                scene = draw_scene(args.seed, number, args.split, "one" if args.shape else args.kind)
-                if args.shape:
-                    scene = replace(scene, things=(replace(scene.things[0], shape=args.shape),))
-                name = f"{number:05d}.png"
-                scene.draw(args.side).save(folder / name)
-                lines.append(json.dumps({"file_name": name, "text": scene.caption(Random(number))}))
-            (folder / "metadata.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    except OSError as error:
-        print(f"draw_shapes: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
+    with made_folder(args.folder.parent), staged_folder(args.folder) as folder:
+        for number in tqdm(range(args.count), unit="picture"):
+            scene = draw_scene(args.seed, number, args.split, "one" if args.shape else args.kind)
+            if args.shape:
+                scene = replace(scene, things=(replace(scene.things[0], shape=args.shape),))
+            name = f"{number:05d}.png"
+            scene.draw(args.side).save(folder / name)
+            lines.append(json.dumps({"file_name": name, "text": scene.caption(Random(number))}))
+        (folder / "metadata.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
     print(args.folder)
-    return 0
 
 
 if __name__ == "__main__":

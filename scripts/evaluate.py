@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.app import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Parser
-from ldm.errors import LdmError, RequestError
+from ldm.cli.app import Parser, exit_code
+from ldm.errors import RequestError
 from ldm.files import made_folder, staged_file
 from ldm.request import Request
 
@@ -65,18 +65,12 @@ def at_least_one(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, sys.argv's where none is given, and return its exit code."""
-    try:
+
+    def run() -> None:
         args = build_parser().parse_args(argv)
         (measure_folder if args.images else measure_vae if args.vae else measure_pictures)(args)
-        return 0
-    except SystemExit as stop:  # from argparse
-        return int(stop.code or 0)
-    except KeyboardInterrupt:
-        print("evaluate: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except (LdmError, OSError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, RequestError) else EXIT_FAILURE
+
+    return exit_code("evaluate", run)
 
 
 def measure_pictures(args: Namespace) -> None:

@@ -24,6 +24,8 @@ from synthetic import DATA
 from torch import nn
 
 from ldm.checkpoint import load_model, load_text, load_unet, load_vae
+from ldm.diffusion import NoiseSchedule
+from ldm.diffusion.loss import diffusion_loss
 from ldm.metadata import read_request
 from ldm.models.tokenizer import build_tokenizer, shipped_vocabulary
 
@@ -71,9 +73,23 @@ def theirs(full_size, tmp_path_factory) -> diffusers.StableDiffusionPipeline:
 
 def test_unet(full_size, golden, theirs):
     x, t, context = golden["unet.x"], golden["unet.t"], golden["unet.context"]
-    eps = load_unet(full_size)(x, t, context)
+    unet, schedule = load_unet(full_size), NoiseSchedule()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    level = schedule.alphas_cumprod[t].double()[:, None, None, None]
+    x0 = ((x - (1 - level).sqrt() * noise) / level.sqrt()).float()  # which this noise makes x of
+    seen = []
+
+    def predict(x, t):
+        seen.append((x, unet(x, t, context)))
+        return seen[-1][1]
+
+    loss = diffusion_loss(predict, x0, noise, t, schedule)
+    [(noised, eps)] = seen
+    assert_parity("full-size noising", noised, x, 1e-6)
     assert_parity("full-size U-Net, reference", eps, golden["unet.eps"], 1e-5)
     assert_parity("full-size U-Net, diffusers", eps, theirs.unet(x, t, context).sample, 1e-5)
+    expected = (golden["unet.eps"].double() - noise.double()).square().mean(dim=(1, 2, 3))
+    assert_parity("full-size eps-loss, reference", loss, expected, 1e-4)
 
 
 def test_load_time(full_size):

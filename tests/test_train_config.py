@@ -30,11 +30,32 @@ def test_committed_configs_are_read_and_come_back(path, tmp_path):
 def test_changes_win(tmp_path):
     config = read(
         tmp_path, SMALLEST, "loop.steps=7", "optimizer.learning_rate=1", "folder=other", "networks.vae.channels=64",
-        'samples.prompts=["a", "b"]', "data.caption=a photo",
+        "optimizer.betas=[0.5, 1e-1]", "data.caption=a photo",
     )  # fmt: skip
     assert (config.loop.steps, config.optimizer.learning_rate, config.folder) == (7, 1.0, "other")
     assert type(config.optimizer.learning_rate) is float
-    assert (config.networks.vae.channels, config.samples.prompts, config.data.caption) == (64, ("a", "b"), "a photo")
+    assert (config.networks.vae.channels, config.optimizer.betas, config.data.caption) == (64, (0.5, 0.1), "a photo")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("data.crop=8", "data.crop"),
+        ("vae.l2=1", "vae"),
+        ("lora.rank=2", "lora"),
+        ("networks.image_size=8", "networks"),
+        ("output_dtype=float16", "output_dtype"),
+        ("diffusion.train_text=true", "diffusion.train_text"),
+        ("diffusion.zero_terminal_snr=true", "diffusion.zero_terminal_snr"),
+        ("diffusion.vae=x", "diffusion.vae"),
+    ],
+)
+def test_what_another_kind_of_run_would_use_is_refused(change, named, tmp_path):
+    sections = '[diffusion]\nmethod = "textual_inversion"\n[inversion]\ntoken = "x"\n'
+    text = SMALLEST.replace("vae", "diffusion") + sections
+    assert read(tmp_path, text, "model=m").inversion.token == "x"
+    with pytest.raises(RequestError, match=f": {named} is for .*: leave it out"):
+        read(tmp_path, text, "model=m", change)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +72,13 @@ def test_changes_win(tmp_path):
         ("loop.precision=int8", "precision is 'int8': use one of float32, bfloat16, float16"),
         ("optimizer.betas=[0.9]", "betas is (0.9,): use two numbers"),
         ("optimizer.learning_rate=nan", "learning_rate is nan: use 0 or more"),
-        ("diffusion.method=lora", "which changes a model: give one with model"),
+        ("diffusion.method=lora", "diffusion is for task 'diffusion': leave it out"),
         ("networks.unet.heads=7", "heads is 7, which does not divide"),
-        ("samples.cfg_scale=-1", "cfg_scale"),
         ("folder", "use key=value"),
+        ("diffusion.min_snr=5", "diffusion is for task 'diffusion': leave it out"),
+        ("data.buckets=true", "data.buckets is for task 'diffusion': leave it out"),
+        ("samples.steps=3", "samples is for task 'diffusion': leave it out"),
+        ("lora.rank=4", "lora is for diffusion.method 'lora': leave it out"),
     ],
 )
 def test_faults_are_told_in_a_line(tmp_path, change, told):

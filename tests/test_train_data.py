@@ -16,9 +16,11 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,6 +28,8 @@ from PIL import Image
 from ldm.errors import ImageError, RequestError
 from ldm.images import load_image
 from ldm.train import data, shards
+from ldm.train.cache import open_cache
+from ldm.train.config import Data
 from ldm.train.data import Batches, assign, bucket_sizes, fit, load_example, open_examples
 from ldm.train.shapes import draw_scene
 
@@ -638,7 +642,7 @@ def test_batches_of_one_bucket(buckets, size, seed):
     batches = Batches(len(buckets), size, seed, buckets)
     members = Counter(buckets)
     steps = sum(math.ceil(number / size) for number in members.values())
-    assert batches.batches_per_epoch == steps
+    assert batches.groups_per_epoch == steps
     for epoch in range(3):
         plan = [batches[epoch * steps + step] for step in range(steps)]
         assert all(len(batch) == size for batch in plan)
@@ -652,6 +656,20 @@ def test_batches_of_one_bucket(buckets, size, seed):
                 assert len(set(batch)) == size
         for bucket, number in members.items():  # no more is repeated than fills the last batch
             assert sum(times[i] for i, own in enumerate(buckets) if own == bucket) == math.ceil(number / size) * size
+
+
+def test_groups_of_one_bucket():
+    """A batch of several groups mixes buckets, so that nothing repeats where a group is one example."""
+    buckets = [0] * 7 + [1] * 2 + [2]
+    batches = Batches(10, 4, 0, buckets, group=1)
+    epoch = [index for step in range(5) for index in batches[step]]
+    assert sorted(epoch[:10]) == sorted(epoch[10:]) == list(range(10)) and epoch[:10] != epoch[10:]
+    pairs = Batches(10, 4, 0, buckets, group=2)
+    for step in range(12):
+        batch = pairs[step]
+        assert len(batch) == 4 and all(buckets[a] == buckets[b] for a, b in (batch[:2], batch[2:]))
+    with pytest.raises(RequestError, match="batch size"):
+        Batches(10, 4, 0, buckets, group=3)
 
 
 def test_one_bucket_that_batches_divide_is_an_order_without_repeats():
@@ -804,3 +822,46 @@ def test_fit_of_any_picture_costs_no_more_than_its_result(size):
     start = time.perf_counter()
     assert fit(Image.new("RGB", size, "red"), (512, 448)).getcolors() == [(512 * 448, (255, 0, 0))]
     assert time.perf_counter() - start < 2
+
+
+class HalfVAE(torch.nn.Module):
+    """Takes the mean of each 8×8 for a latent."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = self.quant_conv = torch.nn.Linear(1, 1)
+        self.calls = 0
+
+    def encode(self, image):
+        self.calls += 1
+        mean = torch.nn.functional.avg_pool2d(image, 8)
+        return SimpleNamespace(mean=mean, logvar=torch.zeros_like(mean))
+
+
+def test_cache_follows_its_pictures(tmp_path):
+    """Read where nothing changed, made anew where a picture did; a broken one gives way to another and its caption."""
+    folder, file, sizes = tmp_path / "pictures", tmp_path / "latents.safetensors", [(16, 16)] * 3
+    folder.mkdir()
+    for number, colour in enumerate(("red", "lime", "blue")):
+        Image.new("RGB", (16, 16), colour).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(colour)
+    vae = HalfVAE()
+
+    def cached():
+        examples = open_examples(str(folder))
+        return examples, open_cache(file, vae, examples, sizes, Data(str(folder)), torch.device("cpu"))
+
+    examples, cache = cached()
+    assert torch.equal(cache[0][:3].mean(dim=(1, 2)), torch.tensor([1, -1, -1]).half()) and cache.sources == [0, 1, 2]
+    assert torch.equal(cache[0][3:], torch.ones(3, 2, 2).half())
+    cached()
+    assert vae.calls == 1
+    content = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes((folder / "2.png").read_bytes())
+    _, cache = cached()
+    assert vae.calls == 2 and torch.equal(cache[0], cache[2])
+    (folder / "0.png").write_bytes(content[:45])  # whose header is whole
+    for _ in range(2):
+        examples, cache = cached()
+        assert cache.sources == [1, 1, 2] and torch.equal(cache[0], cache[1])
+    assert vae.calls == 3 and examples.caption(cache.sources[0]) == "lime"

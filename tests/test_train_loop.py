@@ -16,7 +16,7 @@ from train_runs import DIFFUSION, VAE, losses, read
 
 from ldm import StableDiffusion
 from ldm.checkpoint import load_vae
-from ldm.errors import CheckpointError, NumericalError, RequestError
+from ldm.errors import CheckpointError, ImageError, LdmError, NumericalError, RequestError
 from ldm.models.vae import DiagonalGaussian
 from ldm.train.config import Optimizer, to_toml
 from ldm.train.ema import EMA
@@ -108,6 +108,38 @@ def test_a_feed_is_the_same_over_processes_and_micro_batches():
     for settings in ({"processes": 2}, {"micro_batch": 2}, {"processes": 2, "micro_batch": 1}):
         assert all(torch.equal(value, expected[name]) for name, value in whole(**settings).items())
     assert not torch.equal(generator(5, 3, 0).get_state(), generator(5, 3, 1).get_state())
+
+
+def test_steps_are_made_ahead_in_order_and_their_errors_arrive():
+    class Numbers:
+        def __getitem__(self, step: int) -> list[int]:
+            return [step, step + 1]
+
+    def prepare(number, chance):
+        if number == 9:
+            raise ImageError("broken")
+        return {"number": torch.tensor(number), "noise": torch.randn(3, generator=chance)}
+
+    feed = Feed(Numbers(), prepare, 5)
+    plain = list(feed.steps(1, 7, 0))
+    assert [batch["number"].tolist() for [batch] in plain] == [[step, step + 1] for step in range(1, 7)]
+    for workers in (1, 3):
+        for [batch], [expected] in zip(feed.steps(1, 7, workers), plain, strict=True):
+            assert all(torch.equal(batch[name], expected[name]) for name in expected)
+        with pytest.raises(ImageError, match="broken"):
+            list(feed.steps(6, 12, workers))
+
+
+def test_a_full_disk_is_told_in_a_line(vae, tmp_path, monkeypatch):
+    """As torch.save tells it: a RuntimeError of its writer of archives."""
+
+    def full(content, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nframe #0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(LdmError, match=r"state\.pt: cannot be written; is there room on the disk\?") as caught:
+        run(read(tmp_path, DIFFUSION, f"diffusion.vae={vae}", "loop.steps=1"))
+    assert "\n" not in str(caught.value)
 
 
 def test_what_a_run_leaves(vae, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train_runs import DIFFUSION, VAE, make_model, read
+from train_runs import DIFFUSION, TUNE, VAE, losses, make_model, read
 
 from ldm import StableDiffusion
 from ldm.checkpoint import load_text, load_vae
@@ -17,6 +17,7 @@ from ldm.diffusion import NoiseSchedule
 from ldm.diffusion.loss import diffusion_loss, min_snr_weights
 from ldm.diffusion.prediction import PREDICTION_TYPES
 from ldm.errors import CheckpointError, LdmError, RequestError
+from ldm.train.cache import encode_captions
 from ldm.train.config import TrainConfig
 from ldm.train.data import open_examples
 from ldm.train.feed import Feed
@@ -110,9 +111,14 @@ def test_from_nothing(changes, model, tmp_path):
     assert sd.txt2img("a red circle", steps=2)
 
 
-TUNE = (*LONG, "diffusion.cache=false", "data.count=8")
+UNCACHED = (*LONG, "diffusion.cache=false")
 LORA = ("diffusion.method=lora", "output=new.safetensors", "loop.steps=120", "optimizer.learning_rate=5e-3")
-INVERSION = ("diffusion.method=textual_inversion", "inversion.token=<new>", "output=new.safetensors")
+INVERSION = (
+    "diffusion.method=textual_inversion",
+    "diffusion.train_text=false",
+    "inversion.token=<new>",
+    "output=new.safetensors",
+)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +142,7 @@ def test_fine_tuning(changes, least, model, pictures, tmp_path):
         for path in pictures.glob("*.png"):
             Image.open(path).save(source / path.name)
     config = read(
-        tmp_path, DIFFUSION.replace("count = 64", ""), f"model={model}", *TUNE[:-1], f"data.source={source}", *changes
+        tmp_path, TUNE.replace("count = 64", ""), f"model={model}", *UNCACHED, f"data.source={source}", *changes
     )
     before, after, target = losses_around(config)
     assert after < (1 - least) * before
@@ -160,7 +166,7 @@ def test_fine_tuning(changes, least, model, pictures, tmp_path):
 
 def test_buckets(model, pictures, tmp_path):
     changes = ("data.buckets=true", "data.flip=true", "data.side=64", f"data.source={pictures}")
-    config = read(tmp_path, DIFFUSION.replace("count = 64", ""), f"model={model}", *TUNE[:-1], *changes)
+    config = read(tmp_path, TUNE.replace("count = 64", ""), f"model={model}", *UNCACHED, *changes)
     examples = open_examples(str(pictures))
     task, batches = TASKS["diffusion"](config, examples, make_accelerator(config))
     shapes = {tuple(batch["image"].shape) for step in range(8) for batch in Feed(batches, task.prepare, 0)[step]}
@@ -242,18 +248,25 @@ def test_loss_of_a_perfect_network_is_zero(prediction_type):
             ),
             "diffusion.min_snr gives steps without signal no weight",
         ),
-        (("model=MODEL", "networks.schedule.prediction_type=x"), "prediction_type is 'x': use one of"),
+        (("networks.schedule.prediction_type=x",), "prediction_type is 'x': use one of"),
+        (("model=MODEL", "networks.image_size=64"), "networks is for new networks, not for a model: leave it out"),
+        (("model=MODEL", "diffusion.vae=x"), "diffusion.vae is for new networks, not for a model: leave it out"),
+        (("model=MODEL", "diffusion.clip_skip=2"), "diffusion.clip_skip is 2: use 1 to 1"),
+        (("model=MODEL", *LORA, "output_dtype=float16"), "output_dtype is for whole networks: leave it out"),
         (("output=samples",), "output is 'samples'"),
         (("output=a/b",), "output is 'a/b'"),
         (("model=MODEL", *LORA, "output=lora.pt"), "output is 'lora.pt': use a name that ends in .safetensors"),
         (("data.side=500",), "width is 500"),
         (("samples.prompts=a cat",), "prompts is 'a cat': use a list"),
         (("optimizer.clip=-1",), "clip is -1"),
+        (("samples.cfg_scale=-1",), "cfg_scale is -1"),
+        ((*LORA, "diffusion.train_text=false"), "which changes a model: give one with model"),
     ],
 )
 def test_faults(changes, told, model, tmp_path):
+    text = TUNE if changes and changes[0].startswith("model=") else DIFFUSION
     with pytest.raises(LdmError, match=re.escape(told)) as caught:
-        run(read(tmp_path, DIFFUSION, *(change.replace("MODEL", str(model)) for change in changes)))
+        run(read(tmp_path, text, *(change.replace("MODEL", str(model)) for change in changes)))
     assert "\n" not in str(caught.value)
 
 
@@ -266,7 +279,7 @@ def test_sizes_that_no_autoencoder_takes(changes, tmp_path):
 def test_what_does_not_learn_is_written_as_it_was(model, tmp_path):
     """A run in bfloat16 rounds what it computes with, not the result's VAE and text encoder."""
     changes = ("loop.precision=bfloat16", "diffusion.train_text=false", "loop.steps=1", "data.count=8")
-    target = run(read(tmp_path, DIFFUSION, f"model={model}", *changes))
+    target = run(read(tmp_path, TUNE, f"model={model}", *changes))
     for load in (load_vae, load_text):
         before, after = (load(path).state_dict() for path in (model, target))
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -274,13 +287,56 @@ def test_what_does_not_learn_is_written_as_it_was(model, tmp_path):
 
 def test_a_state_of_another_way_to_train(model, tmp_path):
     changes = (f"model={model}", "loop.steps=1", "data.count=8", "output=x.safetensors")
-    run(read(tmp_path, DIFFUSION, *changes))
+    run(read(tmp_path, TUNE, *changes))
     with pytest.raises(
         CheckpointError, match=r"not the state of this run \(it has \d+ parameters, this run trains \d+"
     ):
-        run(read(tmp_path, DIFFUSION, *changes, "loop.steps=2", "diffusion.method=lora"), resume=True)
+        run(read(tmp_path, TUNE, *changes, "loop.steps=2", "diffusion.method=lora"), resume=True)
 
 
 def test_a_vocabulary_that_is_too_large(model, tmp_path):
     with pytest.raises(RequestError, match=r"vocab_size is 5000: these captions have words for \d+ tokens"):
         run(read(tmp_path, DIFFUSION, f"diffusion.vae={model}", "networks.text.vocab_size=5000"))
+
+
+def test_states_of_captions_are_those_of_every_step(model, tmp_path):
+    """A frozen text encoder runs once a caption; the loss is that of running it at every step, to half precision."""
+    changes = (f"model={model}", "diffusion.train_text=false", "diffusion.caption_dropout=0.5", "loop.steps=3")
+    for name, cached in (("once", True), ("each", False)):
+        config = read(tmp_path, TUNE, *changes, f"diffusion.cache={str(cached).lower()}", f"folder={name}")
+        run(config)
+    once, each = (losses(tmp_path / name) for name in ("once", "each"))
+    assert once == pytest.approx(each, rel=2e-3)
+    examples = open_examples("shapes", count=8, side=32)
+    captions = [examples.caption(number) for number in range(8)]
+    text = load_text(model)
+    states = encode_captions(text, [*captions, *captions, ""], 1)
+    assert states.keys() == {*captions, ""}
+    for caption, state in states.items():
+        torch.testing.assert_close(state.float(), text.encode(caption)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_prior_is_drawn_anew_where_what_it_comes_of_changes(model, tmp_path):
+    changes = (f"model={model}", *LORA, "loop.steps=1", "prior.count=2", "samples.prompts=[]")
+    prior = tmp_path / "diffusion" / "prior"
+
+    def folders(*more: str, resume: bool = True) -> dict[str, list[str]]:
+        run(read(tmp_path, TUNE, *changes, *more), resume=resume)
+        return {path.name: sorted(text.read_text() for text in path.glob("*.txt")) for path in prior.iterdir()}
+
+    first = folders('prior.prompts=["a circle"]', resume=False)
+    [drawn] = prior.rglob("0.png")
+    written = drawn.stat().st_mtime_ns
+    assert list(first.values()) == [["a circle", "a circle"]]
+    assert folders('prior.prompts=["a circle"]') == first and drawn.stat().st_mtime_ns == written
+    second = folders('prior.prompts=["a star", "a ring"]')
+    assert len(second) == 2 and ["a ring", "a star"] in second.values()
+
+
+def test_every_saved_result_is_kept_where_asked(model, tmp_path):
+    changes = ("loop.steps=5", "loop.save_every=2", "loop.keep=true", "diffusion.train_text=false")
+    target = run(read(tmp_path, TUNE, f"model={model}", *LORA, *changes, "samples.steps=1"))
+    assert {path.name for path in target.parent.glob("*.safetensors")} == {
+        "new.safetensors", "new-0000002.safetensors", "new-0000004.safetensors", "latents.safetensors"
+    }  # fmt: skip
+    assert (target.parent / "samples" / "samples-0000000.png").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,9 @@ ema_decay = 0.9
 prompts = ["a red circle on a blue background"]
 steps = 2
 """
+
+# A model to start from has networks of its own.
+TUNE = re.sub(r"\[networks\].*?(?=\[data\])", "", DIFFUSION, flags=re.DOTALL)
 
 
 def read(folder: Path, text: str, *changes: str) -> TrainConfig:

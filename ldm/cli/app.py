@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ldm import __version__
@@ -52,35 +52,39 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, sys.argv's where none is given, and return its exit code."""
+
+    def run() -> None:
+        args = build_parser().parse_args(argv)
+        args.run(args)
+
+    return exit_code("ldm", run)
+
+
+def exit_code(program: str, run: Callable[[], None]) -> int:
+    """Run what a program does; what goes wrong is told in one line, by the program's name."""
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             # What is printed are paths, which need not be text in the terminal's encoding.
             sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors())
-        args = build_parser().parse_args(argv)
         logging.basicConfig(format="%(message)s", handlers=[BesideBars()])
         logging.getLogger("ldm").setLevel(logging.INFO)
-        args.run(args)
+        run()
         return 0
     except SystemExit as stop:  # from argparse
         return int(stop.code or 0)
-    except KeyboardInterrupt:
-        print("ldm: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except RequestError as error:
-        print(f"ldm: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except LdmError as error:
-        print(f"ldm: {error}", file=sys.stderr)
-        return EXIT_FAILURE
     except BrokenPipeError:  # whoever read the paths has read enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it at exit)
         return EXIT_FAILURE
+    except KeyboardInterrupt:
+        told, code = "interrupted", EXIT_INTERRUPTED
+    except LdmError as error:
+        told, code = str(error), EXIT_USAGE if isinstance(error, RequestError) else EXIT_FAILURE
     except OSError as error:
-        told = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
-        print(f"ldm: {told or error}", file=sys.stderr)
-        return EXIT_FAILURE
+        parts = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+        told, code = parts or str(error), EXIT_FAILURE
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print("ldm: out of memory: use a smaller size or batch, or close other programs", file=sys.stderr)
-        return EXIT_FAILURE
+        told, code = "out of memory: use a smaller size or batch, or close other programs", EXIT_FAILURE
+    print(f"{program}: {told}", file=sys.stderr)
+    return code

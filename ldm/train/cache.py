@@ -1,36 +1,43 @@
-"""Latents that are made once, before the first step, and kept in a file of the run's folder."""
+"""What is computed once, before the first step: latents, kept in a file of the run's folder, and captions' states."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.files import staged_file
 from ldm.images import to_tensor
+from ldm.models.text import TextEncoder
 from ldm.models.vae import VAE
 from ldm.train.config import Data
-from ldm.train.data import Examples, fit, load_example
+from ldm.train.data import Examples, find_whole, fit
 
 log = logging.getLogger(__name__)
 
 Sizes = Sequence[tuple[int, int]]
 PIXELS = 512 * 512  # to encode at once
+CAPTIONS = 32  # to encode at once
+SOURCES = "sources"
 
 
 class Cache:
-    """Example → the mean and deviation of its unscaled latents, float16, one below the other: (2·c, h, w)."""
+    """Example → the mean and deviation of its unscaled latents, float16, one below the other: (2·c, h, w).
 
-    def __init__(self, latents: dict[str, Tensor], sizes: Sizes):
-        self._latents, self._sizes = latents, sizes
+    `sources` tells which example that is: another where its own picture is broken.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], sizes: Sizes):
+        self.sources: list[int] = tensors[SOURCES].tolist()
+        self._latents, self._sizes = tensors, sizes
         taken: Counter[tuple[int, int]] = Counter()
         self._rows = []
         for size in sizes:
@@ -48,9 +55,11 @@ def _name(size: tuple[int, int]) -> str:
 @torch.no_grad()
 def open_cache(path: Path, vae: VAE, examples: Examples, sizes: Sizes, data: Data, device: torch.device) -> Cache:
     """The latents of all examples, cut to `sizes` (width, height): from `path` if it holds these, else made anew."""
-    key = _key(vae, examples, sizes, data)
+    versions = [(examples.version(number), size) for number, size in enumerate(sizes)]
+    key = fingerprint([vae.encoder, vae.quant_conv], data, versions)
     if path.is_file() and _key_of(path) == key:
         return Cache(load_file(path), sizes)
+    sources = torch.arange(len(sizes))
     latents: dict[str, Tensor] = {}
     with tqdm(total=len(sizes), unit="picture", desc="encoding pictures") as bar:
         for size in dict.fromkeys(sizes):
@@ -58,26 +67,42 @@ def open_cache(path: Path, vae: VAE, examples: Examples, sizes: Sizes, data: Dat
             parts = []
             batch = max(1, PIXELS // (size[0] * size[1]))
             for start in range(0, len(numbers), batch):
-                pictures = [
-                    fit(load_example(examples, number).image, size) for number in numbers[start : start + batch]
-                ]
-                posterior = vae.encode(torch.cat([to_tensor(picture) for picture in pictures]).to(device))
+                pictures = []
+                for number in numbers[start : start + batch]:
+                    sources[number], example = find_whole(examples, number)
+                    pictures.append(to_tensor(fit(example.image, size)))
+                posterior = vae.encode(torch.cat(pictures).to(device))
                 parts.append(
                     torch.cat([posterior.mean, (0.5 * posterior.logvar).exp()], dim=1).half().cpu().contiguous()
                 )
                 bar.update(len(pictures))
             latents[_name(size)] = torch.cat(parts)
+    tensors = {**latents, SOURCES: sources}
     with staged_file(path, overwrite=True) as temporary:
-        save_file(latents, temporary, {"key": key})
-    return Cache(latents, sizes)
+        save_file(tensors, temporary, {"key": key})
+    return Cache(tensors, sizes)
 
 
-def _key(vae: VAE, examples: Examples, sizes: Sizes, data: Data) -> str:
-    """What the latents depend on: the encoder's weights, and which pictures there are, from where, in which order."""
-    digest = hashlib.sha256()
-    for parameter in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
-        digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
-    digest.update(repr([data, *((examples.name(number), size) for number, size in enumerate(sizes))]).encode())
+@torch.no_grad()
+def encode_captions(text: TextEncoder, captions: Iterable[str], clip_skip: int) -> dict[str, Tensor]:
+    """Caption → its hidden states (n, width), float16 on the CPU, of each that there is."""
+    states: dict[str, Tensor] = {}
+    different = sorted(set(captions))
+    with tqdm(total=len(different), unit="caption", desc="encoding captions") as bar:
+        for start in range(0, len(different), CAPTIONS):
+            some = different[start : start + CAPTIONS]
+            encoded = text(text.tokenize(some).to(next(text.parameters()).device), clip_skip)
+            states.update(zip(some, encoded.half().cpu(), strict=True))
+            bar.update(len(some))
+    return states
+
+
+def fingerprint(networks: Iterable[nn.Module], *facts: object) -> str:
+    """A name for weights and whatever else something is made of."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for network in networks:
+        for parameter in network.parameters():
+            digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -52,7 +52,7 @@ class Data:
     crop: int | None = None  # side of a random part to cut out of each picture, for the VAE
     flip: bool = False  # mirror half of the pictures
     buckets: bool = False  # several aspect ratios; else squares cut from the middle
-    workers: int = 2  # processes that read pictures
+    workers: int = 2  # threads that read pictures ahead; 0 for none
 
     def __post_init__(self) -> None:
         _check_least(1, count=self.count, side=self.side, crop=self.crop)
@@ -89,6 +89,7 @@ class Loop:
     ema_decay: float | None = None  # of the exponential moving average of the weights; none where not given
     gradient_checkpointing: bool = False  # compute activations twice rather than keep them
     save_every: int = 1000  # steps
+    keep: bool = False  # what is saved before the last step too, each under its step
     sample_every: int = 1000  # steps
     log_every: int = 10  # steps
 
@@ -121,11 +122,12 @@ class Diffusion:
 
     method: str = "full"  # "lora" and "textual_inversion" leave the model's own weights as they are
     train_text: bool = False  # the text encoder too
+    clip_skip: int = 1  # which of the text encoder's layers is taken, counted from the last
     caption_dropout: float = 0.1  # how often the caption is left out, for classifier-free guidance
     min_snr: float | None = None  # gamma of arXiv:2303.09556; 5 is usual
     offset_noise: float = 0.0  # deviation of noise that is equal over a channel; 0.1 is usual
     inpaint: bool = False  # with a mask and the picture around it beside the latents: 9 channels
-    cache: bool = False  # encode pictures once, before the first step, and not at each
+    cache: bool = False  # encode pictures, and captions where they can be, once before the first step
     prediction_type: str | None = None  # of the result, where that of the model is to change
     zero_terminal_snr: bool | None = None
     vae: str | None = None  # a file or folder whose VAE to use, where there is no model
@@ -211,7 +213,10 @@ class TrainConfig:
     def request(self, prompt: str, seed: int) -> Request:
         """What is asked of the model for a picture to look at."""
         side, samples = self.data.side, self.samples
-        return Request(prompt, seed=seed, steps=samples.steps, cfg_scale=samples.cfg_scale, width=side, height=side)
+        return Request(
+            prompt, seed=seed, steps=samples.steps, cfg_scale=samples.cfg_scale, width=side, height=side,
+            clip_skip=self.diffusion.clip_skip,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         _check_choice("task", self.task, TASKS)
@@ -222,6 +227,7 @@ class TrainConfig:
         if self.output in OF_A_RUN:
             raise ValueError(f"output is {self.output!r}, as something else in a run's folder: use another name")
         _check_choice("output_dtype", self.output_dtype, PRECISIONS)
+        self._check_used()
         method = self.diffusion.method
         if method != "full" and self.model is None:
             raise ValueError(f"diffusion.method is {method!r}, which changes a model: give one with model")
@@ -231,6 +237,39 @@ class TrainConfig:
             raise ValueError("diffusion.cache and data.flip do not go together: a picture has one encoding")
         for prompt in (*self.samples.prompts, *self.prior.prompts):
             self.request(prompt, self.samples.seed)
+
+    def _check_used(self) -> None:
+        """Raises ValueError for what is set although this run has no use for it."""
+        diffusion = self.task == "diffusion"
+        method = self.diffusion.method if diffusion else None
+        uses = {  # setting → what it is for, and whether this run is that
+            "networks": ("new networks, not for a model", self.model is None),
+            "vae": ("task 'vae'", not diffusion),
+            "data.crop": ("task 'vae'", not diffusion),
+            "data.buckets": ("task 'diffusion'", diffusion),
+            "diffusion": ("task 'diffusion'", diffusion),
+            "prior": ("task 'diffusion'", diffusion),
+            "samples": ("task 'diffusion'", diffusion),
+            "lora": ("diffusion.method 'lora'", method == "lora"),
+            "inversion": ("diffusion.method 'textual_inversion'", method == "textual_inversion"),
+            "diffusion.train_text": ("the other methods", method != "textual_inversion"),
+            "diffusion.prediction_type": ("diffusion.method 'full'", method in ("full", None)),
+            "diffusion.zero_terminal_snr": ("diffusion.method 'full'", method in ("full", None)),
+            "diffusion.vae": ("new networks, not for a model", self.model is None),
+            "output_dtype": ("whole networks", method in ("full", None)),
+        }
+        for name, (use, is_used) in uses.items():
+            if not is_used and not _is_default(self, name):
+                raise ValueError(f"{name} is for {use}: leave it out")
+
+
+def _is_default(config: Any, name: str) -> bool:
+    *sections, name = name.split(".")
+    for section in sections:
+        config = getattr(config, section)
+    [field] = [field for field in fields(config) if field.name == name]
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return getattr(config, name) == default
 
 
 def read_train_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from PIL.ExifTags import Base as Tag
 
 from ldm.checkpoint.files import parse_json
 from ldm.errors import CheckpointError, ImageError, RequestError, printable
-from ldm.images import FORMATS, load_image
+from ldm.images import FORMATS, load_image, open_header
 from ldm.train.shapes import Scene, draw_scene
 from ldm.train.shards import (
     METADATA,
@@ -72,6 +71,9 @@ class Examples(Protocol):
 
     def caption(self, index: int) -> str: ...
 
+    def version(self, index: int) -> object:
+        """What differs, in its repr, where the picture does: its name, and when its file was written."""
+
     def summary(self) -> str:
         """One line: how many there are, which are broken."""
 
@@ -105,9 +107,15 @@ def load_example(examples: Examples, index: int) -> Example:
 
     Raises RequestError where all are broken.
     """
+    return find_whole(examples, index)[1]
+
+
+def find_whole(examples: Examples, index: int) -> tuple[int, Example]:
+    """`load_example`'s example, with its own number before it."""
     for step in range(len(examples)):
+        number = (index + step) % len(examples)
         try:
-            return examples[(index + step) % len(examples)]
+            return number, examples[number]
         except ImageError:
             continue  # it has been logged and counted
     raise RequestError(examples.summary())
@@ -138,6 +146,9 @@ class Shapes:
 
     def caption(self, index: int) -> str:
         return self._scene(index).caption(Random(f"{self.seed} {index}"))
+
+    def version(self, index: int) -> object:
+        return self.seed, index
 
     def _scene(self, index: int) -> Scene:
         return draw_scene(self.seed, range(self.count)[index], "train")
@@ -204,6 +215,10 @@ class Pictures:
     def caption(self, index: int) -> str:
         return self.items[index].caption
 
+    def version(self, index: int) -> object:
+        item = self.items[index]
+        return item.name, item.picture.start, item.picture.length, item.picture.path.stat().st_mtime_ns
+
     def summary(self) -> str:
         if not self.found:
             return f"{self.source}: no pictures in it (.{', .'.join(PICTURES)})"
@@ -246,9 +261,7 @@ def _text(span: Span | str) -> str:
 def _open(file: BinaryIO) -> Image.Image:
     """A picture of which no more than the header has been read. Raises ImageError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # as in ldm.images.open_image
-            return Image.open(file, formats=FORMATS)
+        return open_header(file)
     except UnidentifiedImageError as error:
         raise ImageError(f"not a readable image; use one of {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders of damaged files raise anything
@@ -279,51 +292,55 @@ def _decoded(picture: Image.Image) -> Image.Image:
 class Batches:
     """The indices of each step's global batch: a pure function of the seed and the step, endless.
 
-    Every epoch is a random order of its own. Without buckets, batches follow it across the ends of epochs, so that
-    each example comes exactly once an epoch. With `buckets` (of each example, the number of its bucket) all of a batch
-    are of one bucket; each bucket's last batch of an epoch is filled up from the bucket's first of that epoch, so that
-    each example comes once or, where it is one of those, twice; more often only in a bucket smaller than a batch.
+    Every epoch is a random order of its own, and batches follow it across the ends of epochs, so that each example
+    comes exactly once an epoch. With `buckets` (of each example, the number of its bucket) every `group` in a row are
+    of one bucket; a bucket's last group of an epoch is filled up from the bucket's first of that epoch, so that an
+    example may come twice, and more often only in a bucket smaller than a group.
     """
 
-    def __init__(self, examples_count: int, batch_size: int, seed: int, buckets: Sequence[int] | None = None):
-        if examples_count < 1 or batch_size < 1 or (buckets is not None and len(buckets) != examples_count):
+    def __init__(
+        self,
+        examples_count: int,
+        batch_size: int,
+        seed: int,
+        buckets: Sequence[int] | None = None,
+        group: int | None = None,
+    ):
+        """group: what goes through the networks at once, a part of batch_size; all of it if None."""
+        group = 1 if buckets is None else group or batch_size
+        whole = buckets is None or len(buckets) == examples_count
+        if examples_count < 1 or batch_size < 1 or batch_size % group or not whole:
             raise RequestError(
-                f"expected 1 or more examples, each with its bucket if any has, and a batch size of 1 or more, got "
-                f"{examples_count}, {len(buckets) if buckets is not None else 'no'} buckets and {batch_size}"
+                f"expected 1 or more examples, each with its bucket if any has, and a batch size of 1 or more groups, "
+                f"got {examples_count}, {len(buckets) if buckets is not None else 'no'} buckets, {batch_size} and "
+                f"{group}"
             )
-        self.count, self.batch_size, self.seed, self.buckets = examples_count, batch_size, seed, buckets
-        self.batches_per_epoch = sum(-(-n // batch_size) for n in Counter(buckets).values()) if buckets else 0
+        self.count, self.batch_size, self.seed, self.group = examples_count, batch_size, seed, group
+        self.buckets = [0] * examples_count if buckets is None else buckets
+        self.groups_per_epoch = sum(-(-n // group) for n in Counter(self.buckets).values())
 
     def __getitem__(self, step: int) -> list[int]:
         if step < 0:
             raise IndexError(f"step {step}: the first is 0")
-        if self.buckets is not None:
-            epoch, place = divmod(step, self.batches_per_epoch)
-            return list(_bucketed(self, epoch)[place])
-        places = (divmod(step * self.batch_size + i, self.count) for i in range(self.batch_size))
-        return [_permutation(self, epoch)[place] for epoch, place in places]
+        number = self.batch_size // self.group
+        places = (divmod(step * number + i, self.groups_per_epoch) for i in range(number))
+        return [index for epoch, place in places for index in _groups(self, epoch)[place]]
 
 
 @lru_cache(maxsize=2)  # a batch may lie in two epochs
-def _permutation(batches: Batches, epoch: int) -> list[int]:
+def _groups(batches: Batches, epoch: int) -> list[list[int]]:
     order = list(range(batches.count))
     Random(f"{batches.seed} {epoch}").shuffle(order)
-    return order
-
-
-@lru_cache(maxsize=1)
-def _bucketed(batches: Batches, epoch: int) -> list[list[int]]:
-    assert batches.buckets is not None
     members = defaultdict(list)
-    for index in _permutation(batches, epoch):
+    for index in order:
         members[batches.buckets[index]].append(index)
-    size, plan = batches.batch_size, []
+    size, groups = batches.group, []
     for bucket in members.values():
-        missing = -len(bucket) % size
-        filled = bucket + [bucket[i % len(bucket)] for i in range(missing)]
-        plan += [filled[i : i + size] for i in range(0, len(filled), size)]
-    Random(f"{batches.seed} {epoch} batches").shuffle(plan)
-    return plan
+        filled = bucket + [bucket[i % len(bucket)] for i in range(-len(bucket) % size)]
+        groups += [filled[i : i + size] for i in range(0, len(filled), size)]
+    if len(members) > 1:
+        Random(f"{batches.seed} {epoch} batches").shuffle(groups)
+    return groups
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 
@@ -23,7 +24,7 @@ from ldm.diffusion.loss import diffusion_loss, min_snr_weights
 from ldm.errors import RequestError
 from ldm.images import grid, to_tensor
 from ldm.pipeline import StableDiffusion
-from ldm.train.cache import Cache
+from ldm.train.cache import Cache, encode_captions
 from ldm.train.config import TrainConfig
 from ldm.train.data import Examples, fit, load_example
 from ldm.train.feed import Batch
@@ -32,6 +33,8 @@ from ldm.train.methods import METHODS
 from ldm.train.networks import checkpoint_gradients
 from ldm.train.sheets import captioned
 from ldm.train.task import Task
+
+TOKENIZED = 100_000  # captions whose tokens are kept, so that one that is too long is told of once
 
 
 class DiffusionTask(Task):
@@ -54,6 +57,11 @@ class DiffusionTask(Task):
         super().__init__()
         self.config, self.examples, self.sizes, self.cache, self.own = config, examples, sizes, cache, own
         self.schedule = _schedule(config, model)
+        if not 1 <= config.diffusion.clip_skip <= model.config.text.layers:
+            raise RequestError(
+                f"diffusion.clip_skip is {config.diffusion.clip_skip}: use 1 to {model.config.text.layers}, the text "
+                "encoder's layers"
+            )
         full = config.diffusion.method == "full"
         learns = {"unet": full, "vae": False, "text": full and config.diffusion.train_text}
         running = {}
@@ -71,12 +79,18 @@ class DiffusionTask(Task):
         if config.loop.gradient_checkpointing:
             checkpoint_gradients(model.unet)
         self.device = device
+        self.tokenize = lru_cache(TOKENIZED)(lambda caption: model.text.tokenize(caption)[0])
+        self.states = None
+        if cache is not None and not self.method.text_learns:
+            captions = (examples.caption(number) for number in range(len(examples)))
+            self.states = encode_captions(running["text"], ["", *captions], config.diffusion.clip_skip)
 
     def prepare(self, number: int, generator: torch.Generator) -> Batch:
-        """noise, posterior_noise (c, h, w), t (), weight (), tokens (n,), and what the latents are made of.
+        """noise, posterior_noise (c, h, w), t (), weight (), and what to see and to read.
 
-        That is moments (2·c, h, w) from the cache, or the image (3, height, width) in [-1, 1]. For inpainting the
-        image in any case, and a mask (1, height, width), 1 where to paint.
+        To see are moments (2·c, h, w) from the cache, or the image (3, height, width) in [-1, 1]. For inpainting the
+        image in any case, and a mask (1, height, width), 1 where to paint. To read are a caption's tokens (n,), or
+        from the cache context (n, width), its hidden states.
         """
         settings, model = self.config.diffusion, self.model[0]
         latent_shape = self._latent_shape(number)
@@ -95,13 +109,17 @@ class DiffusionTask(Task):
             crop = chance if self.cache is None else None
             batch["image"] = to_tensor(fit(image, self.sizes[number], crop, mirrored))[0]
         else:
-            caption = self.examples.caption(number)
+            caption = self.examples.caption(self.cache.sources[number])
         if self.cache is not None:
             batch["moments"] = self.cache[number]
         if settings.inpaint:
             batch["mask"] = random_mask(self.sizes[number], chance)
         dropped = torch.rand((), generator=generator) < settings.caption_dropout
-        batch["tokens"] = model.text.tokenize("" if dropped else caption)[0]
+        caption = "" if dropped else caption
+        if self.states is not None:
+            batch["context"] = self.states[caption]
+        else:
+            batch["tokens"] = self.tokenize(caption)
         return batch
 
     def _latent_shape(self, number: int) -> tuple[int, int, int]:
@@ -112,7 +130,7 @@ class DiffusionTask(Task):
         """The weighted squared error of what the U-Net predicts."""
         model, t = self.model[0], batch["t"]
         latents = self._latents(batch)
-        context = self._context(batch["tokens"])
+        context = self._context(batch)
         beside = self._beside(batch)
         losses = diffusion_loss(
             lambda x, t: model.unet(torch.cat([x, *beside], dim=1), t, context).float(),
@@ -133,10 +151,12 @@ class DiffusionTask(Task):
             latents = vae.encode(batch["image"].to(vae.quant_conv.weight.dtype)).at(batch["posterior_noise"]).float()
         return vae.config.scale_factor * latents
 
-    def _context(self, tokens: Tensor) -> Tensor:
+    def _context(self, batch: Batch) -> Tensor:
         text = self.model[0].text
+        if "context" in batch:
+            return batch["context"].to(next(text.parameters()).dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.text_learns):
-            return text(tokens)
+            return text(batch["tokens"], self.config.diffusion.clip_skip)
 
     @torch.no_grad()
     def _beside(self, batch: Batch) -> list[Tensor]:

@@ -7,12 +7,13 @@ resumed goes on as if it had never stopped, and several processes together see w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 Batch = dict[str, Tensor]
 Prepare = Callable[[int, torch.Generator], Batch]  # an example's number and its randomness → its tensors
@@ -24,7 +25,7 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-class Feed(Dataset):
+class Feed:
     """Step → the micro-batches that one of `processes` takes of the step's global batch."""
 
     def __init__(
@@ -48,9 +49,22 @@ class Feed(Dataset):
         size = self.micro_batch or share
         return [_stack(prepared[start : start + size]) for start in range(0, share, size)]
 
-    def loader(self, first: int, steps: int, workers: int) -> DataLoader:
-        """The steps from `first` to the last, made ahead by `workers` processes."""
-        return DataLoader(self, batch_size=None, sampler=range(first, steps), num_workers=workers)
+    def steps(self, first: int, last: int, workers: int) -> Generator[list[Batch], None, None]:
+        """Those of the steps from `first` to below `last`, made ahead by `workers` threads.
+
+        Decoding and resizing of pictures leave Python's lock to others, and threads need no copies of the networks.
+        """
+        if not workers:
+            yield from map(self.__getitem__, range(first, last))
+            return
+        ahead: deque[Future[list[Batch]]] = deque()
+        with ThreadPoolExecutor(workers) as threads:
+            for step in range(first, last):
+                ahead.append(threads.submit(self.__getitem__, step))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
 
 def _stack(examples: Sequence[Batch]) -> Batch:

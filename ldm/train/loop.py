@@ -7,7 +7,7 @@ import logging
 import math
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm import __version__
-from ldm.errors import NumericalError, RequestError, printable
+from ldm.errors import LdmError, NumericalError, RequestError, printable
 from ldm.files import staged_file
 from ldm.train.config import Optimizer, TrainConfig, to_toml
 from ldm.train.ema import EMA
@@ -58,30 +58,27 @@ def train(config: TrainConfig, task: Task, batches: Any, accelerator: Accelerato
     run = Run(config, task, accelerator)
     first = run.load(folder / STATE) if resume and (folder / STATE).is_file() else 0
     target, last = folder / config.output, config.loop.steps
-    record = RunLog(folder, first + 1) if accelerator.is_main_process else None
-    loader = feed.loader(first, last, config.data.workers)
-    with tqdm(total=last, initial=first, unit="step", desc=folder.name, disable=not accelerator.is_main_process) as bar:
-        for step, micro_batches in zip(range(first, last), loader, strict=True):
+    is_main = accelerator.is_main_process
+    with (
+        closing(RunLog(folder, first + 1)) if is_main else nullcontext() as record,
+        closing(feed.steps(first, last, config.data.workers)) as batches_ahead,
+        tqdm(total=last, initial=first, unit="step", desc=folder.name, disable=not is_main) as bar,
+    ):
+        if first == 0:
+            run.look(record, 0)
+        for step, micro_batches in enumerate(batches_ahead, first):
             values = run.step(micro_batches, step)
             bar.update()
             done = step + 1
             if done % config.loop.log_every == 0 or done == last:
                 _report(bar, record, done, run.mean(values), config)
             if done % config.loop.save_every == 0 or done == last:
-                with run.averaged():  # the result first: it is refused where it is not finite, and then the state stays
-                    if accelerator.is_main_process:
-                        task.save(target, config.output_dtype)
+                run.save_result(target, done)  # refused where it is not finite, and then the state stays
                 run.save(folder / STATE, done)
                 if record is not None:
                     record.draw_curves()
             if done % config.loop.sample_every == 0 or done == last:
-                with run.averaged():
-                    sheet = task.pictures() if accelerator.is_main_process else None
-                if record is not None and sheet is not None:
-                    record.picture(done, "samples", sheet)
-                accelerator.wait_for_everyone()
-    if record is not None:
-        record.close()
+                run.look(record, done)
     return target
 
 
@@ -158,11 +155,31 @@ class Run:
         """With the averages, if any, as parameters."""
         return nullcontext() if self.ema is None else self.ema.applied(self.parameters)
 
+    def look(self, record: RunLog | None, step: int) -> None:
+        """Draw what has been learned so far."""
+        with self.averaged():
+            if record is not None and (sheet := self.task.pictures()) is not None:
+                record.picture(step, "samples", sheet)
+        self.accelerator.wait_for_everyone()
+
+    def save_result(self, target: Path, step: int) -> None:
+        with self.averaged():
+            if not self.accelerator.is_main_process:
+                return
+            if self.config.loop.keep and step < self.config.loop.steps:
+                target = target.with_name(f"{target.stem}-{step:07}{target.suffix}")
+            self.task.save(target, self.config.output_dtype)
+
     def save(self, path: Path, step: int) -> None:
+        """Raises LdmError where it cannot be written."""
         content = save_state(self.module, self.optimizers, self.ema, self.accelerator)
         if self.accelerator.is_main_process:
-            with staged_file(path, overwrite=True) as temporary:
-                torch.save({**content, "step": step}, temporary)
+            try:
+                with staged_file(path, overwrite=True) as temporary:
+                    torch.save({**content, "step": step}, temporary)
+            except RuntimeError as error:  # which is what a full disk is to torch
+                told = str(error).split("\n")[0]
+                raise LdmError(f"{path}: cannot be written; is there room on the disk? ({told:.200})") from error
 
     def load(self, path: Path) -> int:
         """The step to go on with. Raises CheckpointError."""
@@ -198,9 +215,13 @@ def _differences(before: str, now: str) -> Iterator[str]:
 
 
 def _commit() -> str | None:
-    """Of the source tree this runs from; None where it is not one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """Of the source tree this runs from; None where it is not one, whatever else may hold it."""
+    here = Path(__file__)
+    commands = ["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return [
+            subprocess.run(["git", *command], cwd=here.parent, capture_output=True, text=True, check=True).stdout
+            for command in commands
+        ][-1].strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from ldm.checkpoint import Model
 from ldm.files import staged_file
 from ldm.pipeline import StableDiffusion
+from ldm.train.cache import fingerprint
 from ldm.train.config import TrainConfig
 from ldm.train.data import Example, Examples, Size, load_example
 
@@ -54,27 +56,35 @@ class Joined:
         source, number = self._find(index)
         return source.name(number)
 
+    def version(self, index: int) -> object:
+        source, number = self._find(index)
+        return source.version(number)
+
     def summary(self) -> str:
         return f"{self.first.summary()}; {self.second.summary()}"
 
 
-def draw_prior(folder: Path, model: Model, config: TrainConfig, device: torch.device) -> None:
-    """Fill a folder with the model's pictures of the class, those that it lacks, each under the number of its seed."""
-    prior = config.prior
-    missing = [seed for seed in range(prior.count) if not (folder / f"{seed}.txt").is_file()]
+def draw_prior(parent: Path, model: Model, config: TrainConfig, accelerator: Accelerator) -> Path:
+    """The model's pictures of the class, each under the number of its seed: in a folder of their own, of which those
+    that lack are drawn now. Another model, other prompts or other settings have another folder."""
+    prior, device = config.prior, accelerator.device
+    requests = [config.request(prior.prompts[seed % len(prior.prompts)], seed) for seed in range(prior.count)]
+    folder = parent / fingerprint([model.unet, model.text], requests, config.loop.precision)[:12]
+    missing = [request for request in requests if not (folder / f"{request.seed}.txt").is_file()]
     if not missing:
-        return
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     networks = (model.unet, model.vae, model.text)
     for network in networks:
         network.to(device)
     sd = StableDiffusion(*networks, model.config, "prior", device, torch.float32)
-    for seed in tqdm(missing, unit="picture", desc="drawing the prior"):
-        prompt = prior.prompts[seed % len(prior.prompts)]
-        [picture] = sd.generate(config.request(prompt, seed))
-        with staged_file(folder / f"{seed}.png", overwrite=True) as temporary:
+    for request in tqdm(missing, unit="picture", desc="drawing the prior"):
+        with accelerator.autocast():
+            [picture] = sd.generate(request)
+        with staged_file(folder / f"{request.seed}.png", overwrite=True) as temporary:
             picture.save(temporary, format="PNG")
-        with staged_file(folder / f"{seed}.txt") as temporary:  # last: it tells that the picture is there
-            temporary.write_text(prompt, encoding="utf-8")
+        with staged_file(folder / f"{request.seed}.txt") as temporary:  # last: it tells that the picture is there
+            temporary.write_text(request.prompt, encoding="utf-8")
     for network in networks:
         network.cpu()
+    return folder

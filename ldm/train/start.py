@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ldm.checkpoint import Model
 from ldm.errors import RequestError
 from ldm.train.cache import open_cache
 from ldm.train.config import TrainConfig
@@ -42,7 +43,33 @@ def _vae(config: TrainConfig, examples: Examples, accelerator: Accelerator) -> t
 
 
 def _diffusion(config: TrainConfig, examples: Examples, accelerator: Accelerator) -> tuple[Task, Any]:
-    settings, data, folder = config.diffusion, config.data, Path(config.folder)
+    data, folder, device = config.data, Path(config.folder), accelerator.device
+    model = _model(config, examples)
+    own = len(examples)
+    if config.prior.prompts:
+        with accelerator.main_process_first():
+            prior = draw_prior(folder / "prior", model, config, accelerator)
+        examples = Joined(examples, open_examples(str(prior)))
+        own = examples.half
+    sizes, buckets = [(data.side, data.side)], None
+    if data.buckets:
+        multiple = model.config.vae.downsampling * 2 ** (len(model.config.unet.channel_mult) - 1)
+        sizes = bucket_sizes(data.side, multiple)
+        buckets = assign([examples.size(number) for number in range(len(examples))], sizes)
+    cut = [sizes[bucket] for bucket in buckets or [0] * len(examples)]
+    cache = None
+    if config.diffusion.cache:
+        model.vae.to(device)
+        with accelerator.main_process_first():
+            cache = open_cache(folder / "latents.safetensors", model.vae, examples, cut, data, device)
+    task = DiffusionTask(config, model, examples, cut, device, cache, own)
+    at_once = config.loop.micro_batch or config.loop.batch_size // accelerator.num_processes
+    return task, Batches(len(examples), config.loop.batch_size, config.seed, buckets, at_once)
+
+
+def _model(config: TrainConfig, examples: Examples) -> Model:
+    """What learns: an old model or a new one, wide enough. Raises RequestError where it does not fit the run."""
+    settings = config.diffusion
     if config.model is not None:
         model = start_model(Path(config.model), settings.prediction_type, settings.zero_terminal_snr)
     elif settings.vae is None:
@@ -50,12 +77,6 @@ def _diffusion(config: TrainConfig, examples: Examples, accelerator: Accelerator
     else:
         captions = (examples.caption(number) for number in range(len(examples)))
         model = new_model(config.networks, Path(settings.vae), captions, config.seed)
-    own = len(examples)
-    if config.prior.prompts:
-        with accelerator.main_process_first():
-            draw_prior(folder / "prior", model, config, accelerator.device)
-        examples = Joined(examples, open_examples(str(folder / "prior")))
-        own = examples.half
     if settings.inpaint and settings.method == "full":
         model = widen_for_inpainting(model)
     wanted = model.config.vae.latent_channels * (2 if settings.inpaint else 1) + settings.inpaint
@@ -64,19 +85,7 @@ def _diffusion(config: TrainConfig, examples: Examples, accelerator: Accelerator
             f"the U-Net of {config.model} has {channels} input channels, and learning "
             f"{'with' if settings.inpaint else 'without'} diffusion.inpaint by {settings.method!r} needs {wanted}"
         )
-    multiple = model.config.vae.downsampling * 2 ** (len(model.config.unet.channel_mult) - 1)
-    sizes, buckets = [(data.side, data.side)], None
-    if data.buckets:
-        sizes = bucket_sizes(data.side, multiple)
-        buckets = assign([examples.size(number) for number in range(len(examples))], sizes)
-    cut = [sizes[bucket] for bucket in buckets or [0] * len(examples)]
-    cache = None
-    if settings.cache:
-        model.vae.to(accelerator.device)
-        with accelerator.main_process_first():
-            cache = open_cache(folder / "latents.safetensors", model.vae, examples, cut, data, accelerator.device)
-    task = DiffusionTask(config, model, examples, cut, accelerator.device, cache, own)
-    return task, Batches(len(examples), config.loop.batch_size, config.seed, buckets)
+    return model
 
 
 TASKS = {"vae": _vae, "diffusion": _diffusion}
