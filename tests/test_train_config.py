@@ -37,6 +37,11 @@ def test_changes_win(tmp_path):
     assert (config.networks.vae.channels, config.optimizer.betas, config.data.caption) == (64, (0.5, 0.1), "a photo")
 
 
+def test_a_change_to_nothing_is_the_default(tmp_path):
+    config = read(tmp_path, SMALLEST + "ema_decay = 0.5\n[vae]\nl1 = 3\n", "loop.ema_decay=", "vae={}", "seed= ")
+    assert config == read(tmp_path, SMALLEST)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -46,7 +51,6 @@ def test_changes_win(tmp_path):
         ("networks.image_size=8", "networks"),
         ("output_dtype=float16", "output_dtype"),
         ("diffusion.train_text=true", "diffusion.train_text"),
-        ("diffusion.zero_terminal_snr=true", "diffusion.zero_terminal_snr"),
         ("diffusion.vae=x", "diffusion.vae"),
     ],
 )

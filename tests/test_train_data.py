@@ -29,7 +29,6 @@ from ldm.errors import ImageError, RequestError
 from ldm.images import load_image
 from ldm.train import data, shards
 from ldm.train.cache import open_cache
-from ldm.train.config import Data
 from ldm.train.data import Batches, assign, bucket_sizes, fit, load_example, open_examples
 from ldm.train.shapes import draw_scene
 
@@ -849,7 +848,7 @@ def test_cache_follows_its_pictures(tmp_path):
 
     def cached():
         examples = open_examples(str(folder))
-        return examples, open_cache(file, vae, examples, sizes, Data(str(folder)), torch.device("cpu"))
+        return examples, open_cache(file, vae, examples, sizes, torch.device("cpu"))
 
     examples, cache = cached()
     assert torch.equal(cache[0][:3].mean(dim=(1, 2)), torch.tensor([1, -1, -1]).half()) and cache.sources == [0, 1, 2]

@@ -49,10 +49,10 @@ def test_average_is_the_recurrence():
     parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     ema = EMA({"p": parameter}, 0.6)
     expected = parameter.detach().double()
-    for step in range(20):
-        parameter.data += step
-        ema.update({"p": parameter}, step)
-        decay = min(0.6, (1 + step) / (10 + step))
+    for update in range(1, 21):  # as the reference counts them
+        parameter.data += update - 1
+        ema.update({"p": parameter}, update - 1)
+        decay = min(0.6, (1 + update) / (10 + update))
         expected = decay * expected + (1 - decay) * parameter.detach().double()
     torch.testing.assert_close(ema.shadow["p"].double(), expected, rtol=1e-6, atol=0)
     before = parameter.detach().clone()
@@ -205,8 +205,9 @@ def test_killed_and_resumed(kind, vae, tmp_path):
 
 
 def test_two_processes_are_one(vae, tmp_path):
-    """The same global batch over two processes (gloo): the same losses, and nearly the same weights."""
-    changes = (f"diffusion.vae={vae}", "loop.steps=5", "loop.sample_every=9", "output=result.safetensors")
+    """The same global batch over two processes (gloo), in micro-batches: the same losses, nearly the same weights."""
+    changes = (f"diffusion.vae={vae}", "loop.steps=5", "loop.micro_batch=1", "loop.sample_every=9")
+    changes += ("output=result.safetensors",)
     one, two = (read(tmp_path, DIFFUSION, *changes, f"folder={name}") for name in ("one", "two"))
     run(one)
     path = tmp_path / "two.toml"
@@ -216,12 +217,43 @@ def test_two_processes_are_one(vae, tmp_path):
     launch += ["--main_process_port", "0", "--module", "ldm"]
     subprocess.run([*launch, "train", str(path)], check=True, env=ENVIRONMENT, capture_output=True)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    first, second = (load(tmp_path / name / "result.safetensors") for name in ("one", "two"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-3)
 
 
 def test_a_folder_holds_one_run(tmp_path):
+    with pytest.raises(RequestError, match="no such folder"):  # which is not yet a run
+        run(read(tmp_path, VAE, "loop.steps=1", "data.source=absent", "data.count="))
     run(read(tmp_path, VAE, "loop.steps=1"))
     with pytest.raises(RequestError, match="holds a run already"):
         run(read(tmp_path, VAE, "loop.steps=1"))
+
+
+def test_going_on_with_other_settings(tmp_path, caplog):
+    """They are told by their whole names, take effect, and are not written where the run does not go on."""
+    changes = ("loop.save_every=2", "loop.sample_every=9", "optimizer.weight_decay=0.5")
+    run(read(tmp_path, VAE, *changes, "loop.steps=2"))
+    config = (tmp_path / "vae" / "config.toml").read_bytes()
+    with pytest.raises(CheckpointError, match=r"it has no averages: leave out loop\.ema_decay"):
+        run(read(tmp_path, VAE, *changes, "loop.steps=4", "loop.ema_decay=0.9"), resume=True)
+    assert (tmp_path / "vae" / "config.toml").read_bytes() == config
+    with caplog.at_level("WARNING"):
+        run(read(tmp_path, VAE, *changes[:2], "loop.steps=4", "seed=5", "optimizer.weight_decay=0.25"), resume=True)
+    assert "loop.steps 2 → 4; optimizer.weight_decay 0.5 → 0.25; seed 0 → 5" in caplog.text
+    state = torch.load(tmp_path / "vae" / "state.pt", weights_only=True)
+    decays = {value for name, value in state["optimizers"]["network"].items() if name.endswith("weight_decay")}
+    groups = state["optimizers"]["network"].get("param_groups", [])
+    assert decays | {group["weight_decay"] for group in groups} == {0.25}
+
+
+def test_saving_takes_no_step(tmp_path):
+    """That of an optimizer whose turn has not come leaves it as it is."""
+    changes = ("loop.steps=4", "loop.sample_every=9", "vae.adversarial=0.5", "vae.adversarial_start=2")
+    often, seldom = (
+        load(run(read(tmp_path, VAE, *changes, f"loop.save_every={every}", f"folder=by-{every}"))) for every in (1, 4)
+    )
+    assert all(torch.equal(often[name], tensor) for name, tensor in seldom.items())
 
 
 def test_a_state_of_another_run(tmp_path):

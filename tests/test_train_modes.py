@@ -12,17 +12,18 @@ from PIL import Image
 from train_runs import DIFFUSION, TUNE, VAE, losses, make_model, read
 
 from ldm import StableDiffusion
-from ldm.checkpoint import load_text, load_vae
+from ldm.checkpoint import load_text, load_unet, load_vae
 from ldm.diffusion import NoiseSchedule
 from ldm.diffusion.loss import diffusion_loss, min_snr_weights
 from ldm.diffusion.prediction import PREDICTION_TYPES
 from ldm.errors import CheckpointError, LdmError, RequestError
 from ldm.train.cache import encode_captions
 from ldm.train.config import TrainConfig
-from ldm.train.data import open_examples
-from ldm.train.feed import Feed
-from ldm.train.loop import make_accelerator, prepare_folder, train
+from ldm.train.data import find_whole, open_examples
+from ldm.train.feed import Feed, generator
+from ldm.train.loop import make_accelerator, train
 from ldm.train.masks import random_mask
+from ldm.train.prior import Joined
 from ldm.train.shapes import draw_scene
 from ldm.train.start import TASKS, run
 
@@ -53,7 +54,7 @@ def pictures(tmp_path_factory) -> Path:
 def losses_around(config: TrainConfig) -> tuple[float, float, Path]:
     """What a run optimises, on the same draws before and after it; and its result."""
     accelerator = make_accelerator(config)
-    prepare_folder(Path(config.folder), config, resume=False)
+    Path(config.folder).mkdir()
     data = config.data
     examples = open_examples(data.source, seed=data.seed, count=data.count, side=data.side, caption=data.caption)
     task, batches = TASKS[config.task](config, examples, accelerator)
@@ -124,7 +125,7 @@ INVERSION = (
 @pytest.mark.parametrize(
     ("changes", "least"),
     [
-        ((), 0.02),
+        (("optimizer.learning_rate=3e-3",), 0.02),
         (("diffusion.prediction_type=v_prediction", "diffusion.zero_terminal_snr=true"), 0.02),
         ((*LORA, "diffusion.train_text=false"), 0.003),
         ((*LORA, 'lora.layers="attention+conv"', "lora.layout=peft", "loop.precision=bfloat16"), 0.005),
@@ -252,7 +253,16 @@ def test_loss_of_a_perfect_network_is_zero(prediction_type):
         (("model=MODEL", "networks.image_size=64"), "networks is for new networks, not for a model: leave it out"),
         (("model=MODEL", "diffusion.vae=x"), "diffusion.vae is for new networks, not for a model: leave it out"),
         (("model=MODEL", "diffusion.clip_skip=2"), "diffusion.clip_skip is 2: use 1 to 1"),
-        (("model=MODEL", *LORA, "output_dtype=float16"), "output_dtype is for whole networks: leave it out"),
+        (("model=MODEL", *INVERSION, "output_dtype=float16"), "output_dtype is for the other methods: leave it out"),
+        (("model=MODEL", *INVERSION), "no caption has the new word '<new>'"),
+        (("output=latents.safetensors",), "output is 'latents.safetensors'"),
+        (("output=m.ckpt",), "output is 'm.ckpt': use a name that ends in .safetensors, or without a suffix"),
+        (("output=..",), "output is '..'"),
+        (("output=''",), "output is ''"),
+        (("seed=99999999999999999999",), "seed is 99999999999999999999: use 0 to"),
+        (("diffusion.min_snr=0",), "min_snr is 0.0: use more than 0"),
+        (("data.flip=true",), "diffusion.cache and data.flip do not go together"),
+        (("data.random_crop=true",), "diffusion.cache and data.random_crop do not go together"),
         (("output=samples",), "output is 'samples'"),
         (("output=a/b",), "output is 'a/b'"),
         (("model=MODEL", *LORA, "output=lora.pt"), "output is 'lora.pt': use a name that ends in .safetensors"),
@@ -314,6 +324,46 @@ def test_states_of_captions_are_those_of_every_step(model, tmp_path):
     assert states.keys() == {*captions, ""}
     for caption, state in states.items():
         torch.testing.assert_close(state.float(), text.encode(caption)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_joined_sources(tmp_path):
+    """Own pictures first, those of the prior after, as many of each; a broken one gives way with its caption."""
+    for name, colours in (("own", ("red", "lime", "blue")), ("prior", ("black",))):
+        (tmp_path / name).mkdir()
+        for number, colour in enumerate(colours):
+            Image.new("RGB", (16, 16), colour).save(tmp_path / name / f"{number}.png")
+            (tmp_path / name / f"{number}.caption").write_text(colour)
+    broken = tmp_path / "own" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:45])
+    joined = Joined(*(open_examples(str(tmp_path / name)) for name in ("own", "prior")))
+    assert [joined.caption(number) for number in range(6)] == ["red", "lime", "blue", "black", "black", "black"]
+    number, example = find_whole(joined, 0)
+    assert (number, example.caption, example.image.getpixel((0, 0))) == (1, "lime", (0, 255, 0))
+
+
+def test_weight_of_the_prior(model, pictures, tmp_path):
+    changes = ('prior.prompts=["a circle"]', "prior.count=2", "prior.weight=0.25", "diffusion.train_text=false")
+    config = read(tmp_path, TUNE, f"model={model}", *changes, "data.count=4", "samples.prompts=[]")
+    task, _ = TASKS["diffusion"](config, open_examples("shapes", count=4, side=32), make_accelerator(config))
+    weights = [task.prepare(number, generator(0, number))["weight"].item() for number in range(8)]
+    assert weights == [1, 1, 1, 1, 0.25, 0.25, 0.25, 0.25]
+
+
+def test_pictures_read_ahead_are_those_of_one_thread(model, pictures, tmp_path):
+    text = TUNE.replace('source = "shapes"\ncount = 64', f'source = "{pictures}"').replace("cache = true", "")
+    for workers in (0, 2):
+        run(read(tmp_path, text, f"model={model}", "loop.steps=6", f"data.workers={workers}", f"folder=by-{workers}"))
+    assert losses(tmp_path / "by-0") == losses(tmp_path / "by-2")
+
+
+def test_what_is_saved_is_the_average(model, tmp_path):
+    config = read(tmp_path, TUNE, f"model={model}", "loop.steps=6", "loop.save_every=6", "loop.ema_decay=0.5")
+    saved = load_unet(run(config)).state_dict()
+    state = torch.load(tmp_path / "diffusion" / "state.pt", weights_only=True)
+    average = {name.removeprefix("learning.unet."): tensor for name, tensor in state["ema"].items()}
+    name = "conv_out.weight"
+    torch.testing.assert_close(saved[name], average[name])
+    assert not torch.equal(saved[name], state["parameters"][f"learning.unet.{name}"])
 
 
 def test_prior_is_drawn_anew_where_what_it_comes_of_changes(model, tmp_path):

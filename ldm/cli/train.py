@@ -30,6 +30,7 @@ def add_commands(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     try:
         import tomli_w  # noqa: F401 (the last of the extra to be needed)
+        from accelerate import PartialState
 
         from ldm.train.config import read_train_config
 
@@ -37,4 +38,6 @@ def run(args: argparse.Namespace) -> None:
         from ldm.train import start
     except ModuleNotFoundError as error:
         raise RequestError(f"training needs {error.name}: pip install 'ldm[train]'") from error
-    print(start.run(config, args.resume))
+    target = start.run(config, args.resume)
+    if PartialState().is_main_process:
+        print(target)

@@ -18,7 +18,6 @@ from ldm.files import staged_file
 from ldm.images import to_tensor
 from ldm.models.text import TextEncoder
 from ldm.models.vae import VAE
-from ldm.train.config import Data
 from ldm.train.data import Examples, find_whole, fit
 
 log = logging.getLogger(__name__)
@@ -53,10 +52,10 @@ def _name(size: tuple[int, int]) -> str:
 
 
 @torch.no_grad()
-def open_cache(path: Path, vae: VAE, examples: Examples, sizes: Sizes, data: Data, device: torch.device) -> Cache:
+def open_cache(path: Path, vae: VAE, examples: Examples, sizes: Sizes, device: torch.device) -> Cache:
     """The latents of all examples, cut to `sizes` (width, height): from `path` if it holds these, else made anew."""
     versions = [(examples.version(number), size) for number, size in enumerate(sizes)]
-    key = fingerprint([vae.encoder, vae.quant_conv], data, versions)
+    key = fingerprint([vae.encoder, vae.quant_conv], versions)
     if path.is_file() and _key_of(path) == key:
         return Cache(load_file(path), sizes)
     sources = torch.arange(len(sizes))

@@ -23,9 +23,17 @@ from ldm.diffusion.prediction import PREDICTION_TYPES
 from ldm.errors import RequestError
 from ldm.request import Request
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 TASKS = ("vae", "diffusion")
 METHODS = ("full", "lora", "textual_inversion")
-OF_A_RUN = ("state.pt", "config.toml", "run.json", "metrics.jsonl", "samples", "tensorboard", "prior", "curves.png")
+STATE, CONFIG, ABOUT, LATENTS, PRIOR = "state.pt", "config.toml", "run.json", "latents.safetensors", "prior"
+METRICS, CURVES, SAMPLES, TENSORBOARD = "metrics.jsonl", "curves.png", "samples", "tensorboard"
+OF_A_RUN = (STATE, CONFIG, ABOUT, LATENTS, PRIOR, METRICS, CURVES, SAMPLES, TENSORBOARD)  # in its folder
+MAX_SEED = 2**63 - 1
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -50,6 +58,7 @@ class Data:
     caption: str | None = None  # of pictures that have none
     side: int = 512  # pixels; with buckets, the square root of their area
     crop: int | None = None  # side of a random part to cut out of each picture, for the VAE
+    random_crop: bool = False  # of what sticks out, not evenly on both sides
     flip: bool = False  # mirror half of the pictures
     buckets: bool = False  # several aspect ratios; else squares cut from the middle
     workers: int = 2  # threads that read pictures ahead; 0 for none
@@ -128,15 +137,17 @@ class Diffusion:
     offset_noise: float = 0.0  # deviation of noise that is equal over a channel; 0.1 is usual
     inpaint: bool = False  # with a mask and the picture around it beside the latents: 9 channels
     cache: bool = False  # encode pictures, and captions where they can be, once before the first step
-    prediction_type: str | None = None  # of the result, where that of the model is to change
-    zero_terminal_snr: bool | None = None
+    prediction_type: str | None = None  # which a full run changes the model to; else what a file that tells none has
+    zero_terminal_snr: bool | None = None  # likewise
     vae: str | None = None  # a file or folder whose VAE to use, where there is no model
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
         if self.prediction_type is not None:
             _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        _check_least(0, min_snr=self.min_snr, offset_noise=self.offset_noise)
+        _check_least(0, offset_noise=self.offset_noise)
+        if self.min_snr is not None and not self.min_snr > 0:
+            raise ValueError(f"min_snr is {self.min_snr}: use more than 0, or leave it out (--set diffusion.min_snr=)")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout is {self.caption_dropout}: use 0 to 1")
 
@@ -220,10 +231,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_choice("task", self.task, TASKS)
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed is {self.seed}: use 0 to {MAX_SEED}")
         _check_choice("networks.schedule.prediction_type", self.networks.schedule.prediction_type, PREDICTION_TYPES)
-        whole = self.task == "diffusion" and self.diffusion.method == "full"
-        if Path(self.output).name != self.output or not (whole or self.output.endswith(".safetensors")):
-            raise ValueError(f"output is {self.output!r:.100}: use a name that ends in .safetensors")
+        output = Path(self.output)
+        folder = self.task == "diffusion" and self.diffusion.method == "full"  # may be one, of diffusers
+        if (
+            output.name != self.output
+            or not output.stem.strip(".")
+            or output.suffix not in ((".safetensors", "") if folder else (".safetensors",))
+        ):
+            told = ", or without a suffix for a diffusers folder" if folder else ""
+            raise ValueError(f"output is {self.output!r:.100}: use a name that ends in .safetensors{told}")
         if self.output in OF_A_RUN:
             raise ValueError(f"output is {self.output!r}, as something else in a run's folder: use another name")
         _check_choice("output_dtype", self.output_dtype, PRECISIONS)
@@ -233,8 +252,9 @@ class TrainConfig:
             raise ValueError(f"diffusion.method is {method!r}, which changes a model: give one with model")
         if method == "textual_inversion" and not self.inversion.token:
             raise ValueError("diffusion.method is 'textual_inversion': give its new word with inversion.token")
-        if self.diffusion.cache and self.data.flip:
-            raise ValueError("diffusion.cache and data.flip do not go together: a picture has one encoding")
+        for name in ("flip", "random_crop"):
+            if self.diffusion.cache and getattr(self.data, name):
+                raise ValueError(f"diffusion.cache and data.{name} do not go together: a picture has one encoding")
         for prompt in (*self.samples.prompts, *self.prior.prompts):
             self.request(prompt, self.samples.seed)
 
@@ -253,10 +273,8 @@ class TrainConfig:
             "lora": ("diffusion.method 'lora'", method == "lora"),
             "inversion": ("diffusion.method 'textual_inversion'", method == "textual_inversion"),
             "diffusion.train_text": ("the other methods", method != "textual_inversion"),
-            "diffusion.prediction_type": ("diffusion.method 'full'", method in ("full", None)),
-            "diffusion.zero_terminal_snr": ("diffusion.method 'full'", method in ("full", None)),
             "diffusion.vae": ("new networks, not for a model", self.model is None),
-            "output_dtype": ("whole networks", method in ("full", None)),
+            "output_dtype": ("the other methods", method != "textual_inversion"),
         }
         for name, (use, is_used) in uses.items():
             if not is_used and not _is_default(self, name):
@@ -274,28 +292,29 @@ def _is_default(config: Any, name: str) -> bool:
 
 def read_train_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
     """The config in a TOML file, with `changes` of the form "section.key=value". Raises RequestError."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    table = read_toml(path)
+    for change in changes:
+        _apply(table, change)
+    return _build(TrainConfig, table, str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises RequestError."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-        for change in changes:
-            _apply(table, change, tomllib.loads)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RequestError(f"{path}: no such config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"{path}: not TOML ({error})") from error
-    return _build(TrainConfig, table, str(path))
 
 
-def _apply(table: dict[str, Any], change: str, parse: Any) -> None:
-    """Set what "a.b=value" says; the value is TOML, or else a bare string."""
+def _apply(table: dict[str, Any], change: str) -> None:
+    """Set what "a.b=value" says; the value is TOML, or else a bare string, and nothing takes the key away."""
     key, equals, text = change.partition("=")
     if not equals:
         raise RequestError(f"--set {change!r:.100}: use key=value, such as loop.steps=100")
     try:
-        value = parse(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except ValueError:
         value = text.strip()
     *sections, name = key.strip().split(".")
@@ -303,7 +322,10 @@ def _apply(table: dict[str, Any], change: str, parse: Any) -> None:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise RequestError(f"--set {change!r:.100}: {section} is no section")
-    table[name] = value
+    if text.strip():
+        table[name] = value
+    else:
+        table.pop(name, None)
 
 
 def _build(kind: Any, table: dict[str, Any], where: str) -> Any:
@@ -344,13 +366,14 @@ def to_toml(config: TrainConfig) -> str:
     """What `read_train_config` reads as the same config, defaults included."""
     import tomli_w
 
-    return tomli_w.dumps(_table(config))
+    return tomli_w.dumps(to_table(config))
 
 
-def _table(config: Any) -> dict[str, Any]:
+def to_table(config: Any) -> dict[str, Any]:
+    """A dataclass as TOML has it: without what is None."""
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     return {
-        name: _table(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        name: to_table(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
         for name, value in values.items()
         if value is not None
     }

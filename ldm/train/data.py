@@ -88,8 +88,9 @@ def open_examples(
     shards, as a path, a glob (*.tar) or a brace pattern ({000..009}.tar).
 
     A caption is in a line {"file_name": ..., "text": ...} of a metadata.jsonl in the picture's folder or one above it,
-    or else in NAME.txt beside the picture; in shards in KEY.txt, or else in KEY.json under "text" or "caption".
-    `caption` is for pictures that have none, or an empty one; without it they are an error. Hidden files are skipped.
+    or else in NAME.txt or NAME.caption beside the picture; in shards in KEY.txt, or else in KEY.json under
+    "text" or "caption". `caption` is for pictures that have none, or an empty one; without it they are an error. Hidden
+    files are skipped.
     """
     if source == "shapes":
         return Shapes(seed, count, side)

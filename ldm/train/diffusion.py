@@ -7,6 +7,7 @@ they are saved as: a table of `METHODS`.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -33,6 +34,8 @@ from ldm.train.methods import METHODS
 from ldm.train.networks import checkpoint_gradients
 from ldm.train.sheets import captioned
 from ldm.train.task import Task
+
+log = logging.getLogger(__name__)
 
 TOKENIZED = 100_000  # captions whose tokens are kept, so that one that is too long is told of once
 
@@ -71,14 +74,14 @@ class DiffusionTask(Task):
             if full and dtype != torch.float32:
                 network = copy.deepcopy(network)  # the original is written, as it was
             running[name] = network.to(device, dtype).train(name != "vae")
-        self.model = (
-            replace(model, **running),
-        )  # in a tuple, so that nothing of it is taken for a part of this module
+        self.model = replace(model, **running)
         self.method = METHODS[config.diffusion.method](config, model)
         self.learning = nn.ModuleDict(self.method.learning)
         if config.loop.gradient_checkpointing:
             checkpoint_gradients(model.unet)
         self.device = device
+        if config.diffusion.method == "textual_inversion":
+            _check_captions(model, examples, config.inversion.token)
         self.tokenize = lru_cache(TOKENIZED)(lambda caption: model.text.tokenize(caption)[0])
         self.states = None
         if cache is not None and not self.method.text_learns:
@@ -92,7 +95,7 @@ class DiffusionTask(Task):
         image in any case, and a mask (1, height, width), 1 where to paint. To read are a caption's tokens (n,), or
         from the cache context (n, width), its hidden states.
         """
-        settings, model = self.config.diffusion, self.model[0]
+        settings, model = self.config.diffusion, self.model
         latent_shape = self._latent_shape(number)
         chance = Random(torch.randint(2**62, (1,), generator=generator).item())
         batch: Batch = {
@@ -106,7 +109,7 @@ class DiffusionTask(Task):
             example = load_example(self.examples, number)
             image, caption = example.image, example.caption
             mirrored = self.config.data.flip and chance.random() < 0.5
-            crop = chance if self.cache is None else None
+            crop = chance if self.config.data.random_crop else None
             batch["image"] = to_tensor(fit(image, self.sizes[number], crop, mirrored))[0]
         else:
             caption = self.examples.caption(self.cache.sources[number])
@@ -123,12 +126,12 @@ class DiffusionTask(Task):
         return batch
 
     def _latent_shape(self, number: int) -> tuple[int, int, int]:
-        vae, (width, height) = self.model[0].config.vae, self.sizes[number]
+        vae, (width, height) = self.model.config.vae, self.sizes[number]
         return vae.latent_channels, height // vae.downsampling, width // vae.downsampling
 
     def forward(self, batch: Batch, step: int, turn: str) -> Mapping[str, Tensor]:
         """The weighted squared error of what the U-Net predicts."""
-        model, t = self.model[0], batch["t"]
+        model, t = self.model, batch["t"]
         latents = self._latents(batch)
         context = self._context(batch)
         beside = self._beside(batch)
@@ -143,7 +146,7 @@ class DiffusionTask(Task):
     @torch.no_grad()
     def _latents(self, batch: Batch) -> Tensor:
         """A draw of each picture's scaled latents, float32."""
-        vae = self.model[0].vae
+        vae = self.model.vae
         if "moments" in batch:
             mean, deviation = batch["moments"].float().chunk(2, dim=1)
             latents = mean + deviation * batch["posterior_noise"]
@@ -152,7 +155,7 @@ class DiffusionTask(Task):
         return vae.config.scale_factor * latents
 
     def _context(self, batch: Batch) -> Tensor:
-        text = self.model[0].text
+        text = self.model.text
         if "context" in batch:
             return batch["context"].to(next(text.parameters()).dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.text_learns):
@@ -163,7 +166,7 @@ class DiffusionTask(Task):
         """What an inpainting U-Net sees beside the latents: where it paints, and the scaled latents of the rest."""
         if "mask" not in batch:
             return []
-        vae, mask = self.model[0].vae, batch["mask"]
+        vae, mask = self.model.vae, batch["mask"]
         known = vae.encode((batch["image"] * (1 - mask)).to(vae.quant_conv.weight.dtype)).mode().float()
         return [F.max_pool2d(mask, vae.config.downsampling), vae.config.scale_factor * known]
 
@@ -172,7 +175,7 @@ class DiffusionTask(Task):
 
     @torch.no_grad()
     def pictures(self) -> Image.Image | None:
-        samples, model = self.config.samples, self.model[0]
+        samples, model = self.config.samples, self.model
         if not samples.prompts or model.config.inpaints:
             return None
         modes = {network: network.training for network in (model.unet, model.text)}
@@ -197,3 +200,13 @@ def _schedule(config: TrainConfig, model: Model) -> NoiseSchedule:
             "diffusion.min_snr gives steps without signal no weight, and zero_terminal_snr is about them"
         )
     return schedule
+
+
+def _check_captions(model: Model, examples: Examples, token: str) -> None:
+    """Raises RequestError where no caption has the new word, which then would not learn."""
+    known = model.config.text.vocab_size
+    using = sum((model.text.tokenize(examples.caption(i)) >= known).any().item() for i in range(len(examples)))
+    if not using:
+        raise RequestError(f"no caption has the new word {token!r}, so that it would learn nothing: put it into them")
+    if using < len(examples):
+        log.warning("%d of %d captions have the new word %r", using, len(examples), token)

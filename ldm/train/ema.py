@@ -20,7 +20,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, parameters: Named, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (2 + step) / (11 + step))  # LitEma counts from 1
         torch._foreach_lerp_(list(self.shadow.values()), [parameters[name] for name in self.shadow], 1 - decay)
 
     @contextmanager

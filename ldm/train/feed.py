@@ -58,13 +58,16 @@ class Feed:
             yield from map(self.__getitem__, range(first, last))
             return
         ahead: deque[Future[list[Batch]]] = deque()
-        with ThreadPoolExecutor(workers) as threads:
+        threads = ThreadPoolExecutor(workers)
+        try:
             for step in range(first, last):
                 ahead.append(threads.submit(self.__getitem__, step))
                 if len(ahead) > 2 * workers:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def _stack(examples: Sequence[Batch]) -> Batch:

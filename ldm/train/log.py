@@ -15,13 +15,13 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from ldm.errors import CheckpointError, printable
 from ldm.files import staged_file
+from ldm.train.config import CURVES, METRICS, SAMPLES, TENSORBOARD
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
-METRICS, CURVES, SAMPLES, TENSORBOARD = "metrics.jsonl", "curves.png", "samples", "tensorboard"
 DECODER = json.JSONDecoder(parse_int=float)
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ldm import __version__
 from ldm.errors import LdmError, NumericalError, RequestError, printable
 from ldm.files import staged_file
-from ldm.train.config import Optimizer, TrainConfig, to_toml
+from ldm.train.config import ABOUT, CONFIG, STATE, Optimizer, TrainConfig, read_toml, to_table, to_toml
 from ldm.train.ema import EMA
 from ldm.train.feed import Batch, Feed
 from ldm.train.log import RunLog
@@ -29,16 +29,17 @@ from ldm.train.task import Task
 
 log = logging.getLogger(__name__)
 
-STATE, CONFIG, ABOUT = "state.pt", "config.toml", "run.json"
-PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The processes and devices of this run, as `accelerate launch` set them up; one without it."""
     AcceleratorState._reset_state()  # of an earlier run in this process, whose precision may have been another
-    several_turns = DistributedDataParallelKwargs(find_unused_parameters=bool(config.vae.adversarial))
+    # What has no part in a loss: the other turn's network, or layers that are skipped.
+    partly = bool(config.vae.adversarial) or config.diffusion.clip_skip > 1
+    some = DistributedDataParallelKwargs(find_unused_parameters=partly)
     try:
-        return Accelerator(mixed_precision=PRECISIONS[config.loop.precision], kwargs_handlers=[several_turns])
+        return Accelerator(mixed_precision=MIXED_PRECISION[config.loop.precision], kwargs_handlers=[some])
     except ValueError as error:
         raise RequestError(
             f"loop.precision is {config.loop.precision!r}, which this machine has not ({error})"
@@ -59,6 +60,8 @@ def train(config: TrainConfig, task: Task, batches: Any, accelerator: Accelerato
     first = run.load(folder / STATE) if resume and (folder / STATE).is_file() else 0
     target, last = folder / config.output, config.loop.steps
     is_main = accelerator.is_main_process
+    if is_main:
+        describe_run(folder, config)
     with (
         closing(RunLog(folder, first + 1)) if is_main else nullcontext() as record,
         closing(feed.steps(first, last, config.data.workers)) as batches_ahead,
@@ -119,15 +122,16 @@ class Run:
     def step(self, micro_batches: list[Batch], step: int) -> Mapping[str, Tensor]:
         """One step of the optimizer of each turn; answers with the losses of this process."""
         recorded: dict[str, Tensor] = {}
-        rate = learning_rate(self.config.optimizer, step, self.config.loop.steps)
+        settings = self.config.optimizer
+        rate = learning_rate(settings, step, self.config.loop.steps)
         micro_batches = [
             {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()} for batch in micro_batches
         ]
         self.module.train()
         for turn in self.task.turns_at(step):
             optimizer = self.optimizers[turn]
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for group in optimizer.param_groups:  # which a state that was put back may have otherwise
+                group |= {"lr": rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
             for number, batch in enumerate(micro_batches):
                 is_last = number == len(micro_batches) - 1
                 with (
@@ -139,8 +143,8 @@ class Run:
                 for name, value in values.items():
                     key = name if turn == self.task.turns[0] else f"{turn}.{name}"
                     recorded[key] = recorded.get(key, 0) + value.detach() / len(micro_batches)
-            if self.config.optimizer.clip:
-                self.accelerator.clip_grad_norm_(self.task.learners(turn), self.config.optimizer.clip)
+            if settings.clip:
+                self.accelerator.clip_grad_norm_(self.task.learners(turn), settings.clip)
             optimizer.step()
             self.module.zero_grad()  # also what other turns' networks got
         if self.ema is not None:
@@ -193,25 +197,34 @@ def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
     return settings.learning_rate * warmup * decay
 
 
-def prepare_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
-    """Make the run's folder, with its config and the code's version. Raises RequestError where another run is there."""
-    text = to_toml(config)
-    path = folder / CONFIG
-    if path.is_file() and not resume:
+def check_folder(folder: Path, resume: bool) -> None:
+    """Raises RequestError where another run is there."""
+    if (folder / CONFIG).is_file() and not resume:
         raise RequestError(f"{folder} holds a run already: go on with it by --resume, or choose another folder")
-    if path.is_file() and (differing := list(_differences(path.read_text(encoding="utf-8"), text))):
-        log.warning("%s: goes on with another config: %s", folder, "; ".join(differing))
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def describe_run(folder: Path, config: TrainConfig) -> None:
+    """Write the config and the code's version, and tell what of the config was otherwise when the run began."""
+    path = folder / CONFIG
+    text = to_toml(config)
+    if path.is_file():
+        before, now = _flat(read_toml(path)), _flat(to_table(config))
+        changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        if changed:
+            told = "; ".join(f"{name} {before.get(name)} → {now.get(name)}" for name in changed)
+            log.warning("%s: goes on with another config: %s", folder, printable(told))
     about = {"ldm": __version__, "commit": _commit(), "torch": torch.__version__}
     for name, content in {CONFIG: text, ABOUT: json.dumps(about, indent=2)}.items():
         with staged_file(folder / name, overwrite=True) as temporary:
             temporary.write_text(content, encoding="utf-8")
 
 
-def _differences(before: str, now: str) -> Iterator[str]:
-    """The lines of one that are not in the other."""
-    yield from (f"was {line}" for line in before.splitlines() if line not in now.splitlines())
-    yield from (f"is {line}" for line in now.splitlines() if line not in before.splitlines())
+def _flat(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """A table whose sections' keys have the sections' names in front."""
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+    return flat
 
 
 def _commit() -> str | None:

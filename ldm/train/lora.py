@@ -114,8 +114,9 @@ def lora_tensors(
     unet_config: UNetConfig,
     text_config: TextConfig,
     layout: str,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """Layers as files hold them, in float32 on the CPU; either network may have none. Raises RequestError.
+    """Layers as files hold them, on the CPU; either network may have none. Raises RequestError.
 
     layout: "kohya", of sd-scripts, AUTOMATIC1111 and ComfyUI; or "peft", diffusers' own. The latter has no place for
     alpha that every version reads, so that alpha / rank is multiplied into its `lora_B`. Layers that are 1×1
@@ -130,8 +131,9 @@ def lora_tensors(
     ]:
         theirs = {row.ours: PREFIXES[layout][part] + row.diffusers for row in rows}
         for module, layer in layers.items():
+            scale = 1.0 if layout == "kohya" else layer.scale
             dims = disk_dims(part, f"{module}.weight", layer.down.weight.ndim, "diffusers")
-            down, up = (_on_disk(factor.weight, dims) for factor in (layer.down, layer.up))
+            down, up = (_on_disk(factor, dims) for factor in (layer.down.weight, layer.up.weight * scale))
             if layout == "kohya":
                 name = theirs[module].replace(".", "_")
                 alpha = torch.tensor(float(layer.alpha))
@@ -139,9 +141,9 @@ def lora_tensors(
             else:
                 tensors |= {
                     f"{theirs[module]}.lora_A.weight": down,
-                    f"{theirs[module]}.lora_B.weight": up * layer.scale,
+                    f"{theirs[module]}.lora_B.weight": up,
                 }
-    return tensors
+    return {name: tensor if name.endswith(".alpha") else tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def _on_disk(factor: Tensor, dims: int) -> Tensor:
@@ -158,6 +160,7 @@ def save_lora(
     layout: str,
     metadata: Mapping[str, str] = {},
     *,
+    dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> None:
     """Write layers as `lora_tensors` has them to a .safetensors file, which appears whole or not at all.
@@ -165,7 +168,7 @@ def save_lora(
     metadata: what else to tell of the training; kohya's ss_network_dim, ss_network_alpha and ss_network_module are
     told in its layout. Raises RequestError, FileExistsError unless `overwrite`, and NumericalError for NaN.
     """
-    tensors = lora_tensors(unet_layers, text_layers, unet_config, text_config, layout)
+    tensors = lora_tensors(unet_layers, text_layers, unet_config, text_config, layout, dtype)
     layers = [*unet_layers.values(), *text_layers.values()]
     told = {} if layout != "kohya" else {
         "ss_network_module": "networks.lora",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ldm.checkpoint import Model
@@ -54,10 +55,32 @@ def lora(config: TrainConfig, model: Model) -> Method:
     )
 
     def save(target: Path, dtype: str) -> None:
-        save_lora(target, unet, text, model.unet.config, model.text.config, settings.layout, overwrite=True)
+        save_lora(
+            target, unet, text, model.unet.config, model.text.config, settings.layout, _told(config),
+            dtype=getattr(torch, dtype), overwrite=True,
+        )  # fmt: skip
 
     learning = {"unet_lora": nn.ModuleList(unet.values()), "text_lora": nn.ModuleList(text.values())}
     return Method(learning, bool(text), save)
+
+
+def _told(config: TrainConfig) -> dict[str, str]:
+    """What kohya's tools show of a LoRA's making (sd-scripts, train_network.py)."""
+    assert config.model is not None
+    told = {
+        "ss_sd_model_name": Path(config.model).name,
+        "ss_output_name": Path(config.output).stem,
+        "ss_learning_rate": config.optimizer.learning_rate,
+        "ss_lr_scheduler": config.optimizer.decay,
+        "ss_max_train_steps": config.loop.steps,
+        "ss_total_batch_size": config.loop.batch_size,
+        "ss_resolution": f"({config.data.side}, {config.data.side})",
+        "ss_clip_skip": config.diffusion.clip_skip,
+        "ss_min_snr_gamma": config.diffusion.min_snr,
+        "ss_noise_offset": config.diffusion.offset_noise,
+        "ss_seed": config.seed,
+    }
+    return {name: str(value) for name, value in told.items()}
 
 
 def textual_inversion(config: TrainConfig, model: Model) -> Method:

@@ -15,7 +15,7 @@ from ldm.files import staged_file
 from ldm.pipeline import StableDiffusion
 from ldm.train.cache import fingerprint
 from ldm.train.config import TrainConfig
-from ldm.train.data import Example, Examples, Size, load_example
+from ldm.train.data import Example, Examples, Size
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Joined:
 
     def __getitem__(self, index: int) -> Example:
         source, number = self._find(index)
-        return load_example(source, number)
+        return source[number]
 
     def size(self, index: int) -> Size:
         source, number = self._find(index)

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")  # what the names of pictures end in
 METADATA = "metadata.jsonl"
+TEXTS = (".txt", ".caption")  # of captions beside pictures; the first that is there holds
 CAPTION_KEYS = ("text", "caption")  # of JSON; the first that is there holds
 MOST_CAPTION_BYTES = 1 << 20  # with whatever else a JSON file tells of a picture
 NAMED = 5  # files in a message that could name thousands
@@ -110,9 +111,9 @@ def folder_files(root: Path) -> Iterator[Files]:
     for name, path in paths.items():
         suffix = path.suffix.lower()
         if suffix[1:] in PICTURES:
-            text = path.with_suffix(".txt")
-            yield Files(name, _whole(path), listed.pop(name, None), _whole(text) if text.is_file() else None)
-        elif suffix != ".txt" and path.name != METADATA:
+            texts = [_whole(text) for ending in TEXTS if (text := path.with_suffix(ending)).is_file()]
+            yield Files(name, _whole(path), listed.pop(name, None), texts[0] if texts else None)
+        elif suffix not in TEXTS and path.name != METADATA:
             others[suffix or "without an ending"] += 1
     for name in listed:
         yield Files(name, f"named in {METADATA}, but no picture that is there")

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from ldm.checkpoint import Model
 from ldm.errors import RequestError
 from ldm.train.cache import open_cache
-from ldm.train.config import TrainConfig
+from ldm.train.config import LATENTS, PRIOR, TrainConfig
 from ldm.train.data import Batches, Examples, assign, bucket_sizes, open_examples
 from ldm.train.diffusion import DiffusionTask
-from ldm.train.loop import make_accelerator, prepare_folder, train
+from ldm.train.loop import check_folder, make_accelerator, train
 from ldm.train.networks import new_model, start_model, widen_for_inpainting
 from ldm.train.prior import Joined, draw_prior
 from ldm.train.task import Task
@@ -29,9 +29,8 @@ def run(config: TrainConfig, resume: bool = False) -> Path:
             f"loop.batch_size is {config.loop.batch_size}: use a multiple of {accelerator.num_processes} processes "
             f"times loop.micro_batch, {micro_batch}"
         )
-    if accelerator.is_main_process:
-        prepare_folder(Path(config.folder), config, resume)
-    accelerator.wait_for_everyone()
+    check_folder(Path(config.folder), resume)
+    Path(config.folder).mkdir(parents=True, exist_ok=True)
     data = config.data
     examples = open_examples(data.source, seed=data.seed, count=data.count, side=data.side, caption=data.caption)
     task, batches = TASKS[config.task](config, examples, accelerator)
@@ -48,7 +47,7 @@ def _diffusion(config: TrainConfig, examples: Examples, accelerator: Accelerator
     own = len(examples)
     if config.prior.prompts:
         with accelerator.main_process_first():
-            prior = draw_prior(folder / "prior", model, config, accelerator)
+            prior = draw_prior(folder / PRIOR, model, config, accelerator)
         examples = Joined(examples, open_examples(str(prior)))
         own = examples.half
     sizes, buckets = [(data.side, data.side)], None
@@ -61,7 +60,7 @@ def _diffusion(config: TrainConfig, examples: Examples, accelerator: Accelerator
     if config.diffusion.cache:
         model.vae.to(device)
         with accelerator.main_process_first():
-            cache = open_cache(folder / "latents.safetensors", model.vae, examples, cut, data, device)
+            cache = open_cache(folder / LATENTS, model.vae, examples, cut, device)
     task = DiffusionTask(config, model, examples, cut, device, cache, own)
     at_once = config.loop.micro_batch or config.loop.batch_size // accelerator.num_processes
     return task, Batches(len(examples), config.loop.batch_size, config.seed, buckets, at_once)

@@ -34,6 +34,7 @@ def save_state(module: nn.Module, optimizers: Optimizers, ema: EMA | None, accel
         "optimizers": {
             turn: get_optimizer_state_dict(module, optimizer.optimizer, options=WHOLE)
             for turn, optimizer in optimizers.items()
+            if optimizer.state  # torch would make one that has not stepped yet take a step
         },
         "ema": None if ema is None else ema.shadow,
         "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
@@ -44,15 +45,19 @@ def load_state(path: Path, module: nn.Module, optimizers: Optimizers, ema: EMA |
     """Put a state back, and answer with its step. Raises CheckpointError for one of another run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-        saved = {f"module.{name}" for name in state["parameters"]} if _is_wrapped(module) else set(state["parameters"])
-        if names != saved or state["optimizers"].keys() != optimizers.keys():
+        below = "module." if isinstance(module, nn.parallel.DistributedDataParallel) else ""
+        shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
+        saved = {below + name: tensor.shape for name, tensor in state["parameters"].items()}
+        if shapes != saved:
             raise ValueError(
-                f"it has {len(saved)} parameters, this run trains {len(names)}, {len(names & saved)} in common"
+                f"it has {len(saved)} parameters, this run trains {len(shapes)}, "
+                f"{len(shapes.items() & saved.items())} in common"
             )
+        if ema is not None and state["ema"] is None:
+            raise ValueError("it has no averages: leave out loop.ema_decay")
         set_model_state_dict(module, state["parameters"], options=ONTO)
-        for turn, optimizer in optimizers.items():
-            set_optimizer_state_dict(module, optimizer.optimizer, state["optimizers"][turn], options=ONTO)
+        for turn, content in state["optimizers"].items():
+            set_optimizer_state_dict(module, optimizers[turn].optimizer, content, options=ONTO)
         if ema is not None:
             for name, average in ema.shadow.items():
                 average.copy_(state["ema"][name])
@@ -64,8 +69,3 @@ def load_state(path: Path, module: nn.Module, optimizers: Optimizers, ema: EMA |
         raise CheckpointError(
             f"{path}: not the state of this run ({told:.200}); start anew in another folder"
         ) from error
-
-
-def _is_wrapped(module: nn.Module) -> bool:
-    """For several processes, which puts all names below `module`."""
-    return isinstance(module, nn.parallel.DistributedDataParallel)

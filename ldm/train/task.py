@@ -14,7 +14,7 @@ from ldm.train.feed import Batch
 
 
 class Task(ABC, nn.Module):
-    """Its submodules are what is trained, saved and resumed; networks that stay as they are it holds in tuples."""
+    """Its submodules are what is trained, saved and resumed; a Model, which is none, holds the rest."""
 
     turns: tuple[str, ...] = ("network",)  # whose losses a step minimises, one after the other
 

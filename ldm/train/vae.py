@@ -66,7 +66,8 @@ class VAETask(Task):
         chance = random.Random(torch.randint(2**62, (1,), generator=generator).item())
         data = self.config.data
         mirrored = data.flip and chance.random() < 0.5
-        image = fit(load_example(self.examples, number).image, (data.side, data.side), chance, mirrored)
+        random_crop = chance if data.random_crop else None
+        image = fit(load_example(self.examples, number).image, (data.side, data.side), random_crop, mirrored)
         if data.crop is not None:
             left, top = (chance.randint(0, data.side - data.crop) for _ in "xy")
             image = image.crop((left, top, left + data.crop, top + data.crop))
@@ -108,7 +109,8 @@ class VAETask(Task):
         """As a file of its own; a new autoencoder's scale factor makes the variance of its latents 1."""
         config = replace(self.config.networks, vae=self.vae.config)
         if self.config.model is None:
-            latents = torch.cat([self._encode(number) for number in range(MEASURED)])
+            spread = (place * len(self.examples) // MEASURED for place in range(MEASURED))
+            latents = torch.cat([self._encode(number) for number in spread])
             config = replace(config, vae=replace(config.vae, scale_factor=round(1 / latents.std().item(), 5)))
         save_networks(target, {"vae": self.vae}, config, Conversion(dtype=dtype, overwrite=True))
 
