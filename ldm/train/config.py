@@ -116,7 +116,7 @@ class VAELoss:
 
     l1: float = 1.0
     l2: float = 0.0
-    kl: float = 1e-6  # of the mean over latents, in nats
+    kl: float = 1e-6  # of the mean over latents, in nats; CompVis' loss has sums: 1e-6 there is about 2e-8 here
     perceptual: float = 0.0
     adversarial: float = 0.0  # times the adaptive weight of arXiv:2012.09841, equation 7
     adversarial_start: int = 0  # step
