@@ -21,6 +21,7 @@ from ldm import __version__
 from ldm.errors import LdmError, NumericalError, RequestError, printable
 from ldm.files import staged_file
 from ldm.train.config import ABOUT, CONFIG, STATE, Optimizer, TrainConfig, read_toml, to_table, to_toml
+from ldm.train.curves import draw_curves
 from ldm.train.ema import EMA
 from ldm.train.feed import Batch, Feed
 from ldm.train.log import RunLog
@@ -78,8 +79,8 @@ def train(config: TrainConfig, task: Task, batches: Any, accelerator: Accelerato
             if done % config.loop.save_every == 0 or done == last:
                 run.save_result(target, done)  # refused where it is not finite, and then the state stays
                 run.save(folder / STATE, done)
-                if record is not None:
-                    record.draw_curves()
+                if is_main:
+                    draw_curves(folder)
             if done % config.loop.sample_every == 0 or done == last:
                 run.look(record, done)
     return target
