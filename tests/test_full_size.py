@@ -24,6 +24,7 @@ from synthetic import DATA
 from torch import nn
 
 from ldm.checkpoint import load_model, load_text, load_unet, load_vae
+from ldm.config import ScheduleConfig
 from ldm.diffusion import NoiseSchedule
 from ldm.diffusion.loss import diffusion_loss
 from ldm.metadata import read_request
@@ -73,7 +74,7 @@ def theirs(full_size, tmp_path_factory) -> diffusers.StableDiffusionPipeline:
 
 def test_unet(full_size, golden, theirs):
     x, t, context = golden["unet.x"], golden["unet.t"], golden["unet.context"]
-    unet, schedule = load_unet(full_size), NoiseSchedule()
+    unet, schedule = load_unet(full_size), NoiseSchedule(ScheduleConfig())
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     level = schedule.alphas_cumprod[t].double()[:, None, None, None]
     x0 = ((x - (1 - level).sqrt() * noise) / level.sqrt()).float()  # which this noise makes x of
