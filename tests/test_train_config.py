@@ -82,6 +82,7 @@ def test_what_another_kind_of_run_would_use_is_refused(change, named, tmp_path):
         ("diffusion.min_snr=5", "diffusion is for task 'diffusion': leave it out"),
         ("data.buckets=true", "data.buckets is for task 'diffusion': leave it out"),
         ("samples.steps=3", "samples is for task 'diffusion': leave it out"),
+        ("vae.decoder_only=true", "vae.decoder_only needs an encoder"),
         ("lora.rank=4", "lora is for diffusion.method 'lora': leave it out"),
     ],
 )

@@ -94,6 +94,18 @@ def test_vae(changes, tmp_path):
     assert latents.std().item() == pytest.approx(1, abs=0.02)
 
 
+def test_a_decoder_alone(model, tmp_path):
+    text = re.sub(r"\[networks\].*?(?=\[data\])", "", VAE, flags=re.DOTALL)
+    before, after, target = losses_around(
+        read(tmp_path, text, f"model={model}", "loop.steps=120", *LONG[1:3], "vae.decoder_only=true")
+    )
+    assert after < 0.98 * before
+    old, new = (load_vae(path).state_dict() for path in (model, target))
+    kept = {name for name, tensor in old.items() if torch.equal(new[name], tensor)}
+    assert kept == {name for name in old if name.startswith(("encoder.", "quant_conv."))}
+    assert load_vae(model).config == load_vae(target).config
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -120,6 +120,7 @@ class VAELoss:
     perceptual: float = 0.0
     adversarial: float = 0.0  # times the adaptive weight of arXiv:2012.09841, equation 7
     adversarial_start: int = 0  # step
+    decoder_only: bool = False  # leaves latents what they are, for U-Nets that know them
 
     def __post_init__(self) -> None:
         _check_least(0, **{f.name: getattr(self, f.name) for f in fields(self)})
@@ -250,6 +251,8 @@ class TrainConfig:
         method = self.diffusion.method
         if method != "full" and self.model is None:
             raise ValueError(f"diffusion.method is {method!r}, which changes a model: give one with model")
+        if self.vae.decoder_only and self.model is None:
+            raise ValueError("vae.decoder_only needs an encoder: give a model with model")
         if method == "textual_inversion" and not self.inversion.token:
             raise ValueError("diffusion.method is 'textual_inversion': give its new word with inversion.token")
         for name in ("flip", "random_crop"):

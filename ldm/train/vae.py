@@ -40,6 +40,8 @@ class VAETask(Task):
         torch.manual_seed(config.seed)
         self.vae = new_vae(config.networks) if config.model is None else load_vae(config.model)
         self.vae.train()
+        for part in (self.vae.encoder, self.vae.quant_conv):
+            part.requires_grad_(not config.vae.decoder_only)
         side = config.data.crop or config.data.side
         if side > config.data.side or side % self.vae.config.downsampling:
             raise RequestError(
@@ -59,7 +61,7 @@ class VAETask(Task):
     def learners(self, turn: str) -> list[nn.Parameter]:
         network = self.discriminator if turn == "discriminator" else self.vae
         assert network is not None
-        return list(network.parameters())
+        return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
     def prepare(self, number: int, generator: torch.Generator) -> Batch:
         """image (3, h, w) in [-1, 1], and noise for a draw of its latents (c, h/8, w/8)."""
@@ -80,7 +82,8 @@ class VAETask(Task):
         image, weights = batch["image"], self.config.vae
         if turn == "discriminator":
             return self._discriminate(image, batch["noise"])
-        posterior = self.vae.encode(image)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not weights.decoder_only):
+            posterior = self.vae.encode(image)
         reconstruction = self.vae.decode(posterior.at(batch["noise"]))
         error = reconstruction - image
         terms = {
