@@ -28,6 +28,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Train, and print the path of the result, from one process of all. Raises LdmError."""
     try:
         import tomli_w  # noqa: F401 (the last of the extra to be needed)
         from accelerate import PartialState
