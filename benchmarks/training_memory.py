@@ -1,7 +1,7 @@
 """What each way to train an SD v1.x model takes of memory: python benchmarks/training_memory.py MODEL PRECISION
 
 Two steps of each on noise, on the CPU, at 512×512 pixels, one picture at a time; the peak is that of the whole process.
-PRECISION is float32 or bfloat16, which takes minutes a step where the CPU does not compute it.
+PRECISION is float32 or bfloat16, which takes minutes a step where the CPU does not compute it. Needs Linux, for /proc.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ MODES = {
 
 
 def main() -> None:
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__.splitlines()[0])
     model, precision = sys.argv[1:]
     print(f"| {precision} | peak, GiB | seconds a step |\n| --- | --- | --- |")
     for name, changes in MODES.items():
@@ -52,11 +54,12 @@ def measure(folder: Path, model: str, changes: tuple[str, ...]) -> tuple[float, 
     (folder / "run.toml").write_text("", encoding="utf-8")
     flags = [f"--set={name}={json.dumps(value)}" for name, value in config.items()]
     command = [sys.executable, "-m", "ldm", "train", str(folder / "run.toml"), *flags, *(f"--set={c}" for c in changes)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    told = folder / "told"
+    process = subprocess.Popen(command, stderr=told.open("w"))
     metrics, times = folder / "run" / "metrics.jsonl", []
     while len(times) < STEPS:
         if process.poll() is not None:
-            raise SystemExit(f"ended early: {' '.join(command)}")
+            raise SystemExit(f"{' '.join(command)}\nended early: {told.read_text().splitlines()[-1]}")
         time.sleep(0.05)
         if metrics.is_file() and len(metrics.read_text().splitlines()) > len(times):
             times.append(time.monotonic())

@@ -55,7 +55,8 @@ class Codec:
         """A part of the VAE in `dtype`, or in float32 where that overflows; float32 in and out."""
         result = run(self.vae, x.to(self.dtype))
         if not result.isfinite().all():
-            result = run(self._exact_vae, x)
+            with torch.autocast(self.device.type, enabled=False):
+                result = run(self._exact_vae, x)
         if not result.isfinite().all():
             raise NumericalError("the VAE overflows in float32: its weights are damaged")
         return result.float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -45,6 +46,12 @@ def staged_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
             _link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes left of writing `path`: for those who know that nobody is writing it now."""
+    for left in path.parent.glob(f".{glob.escape(path.name[:100])}.*.part"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextmanager

@@ -40,6 +40,8 @@ def build_parser() -> Parser:
 def draw(args: Namespace) -> None:
     if args.count < 1 or args.side < 8:
         raise RequestError(f"--count is {args.count} and --side {args.side}: use 1 or more, and 8 or more")
+    if args.shape and args.kind not in (None, "one"):
+        raise RequestError(f"--shape is for pictures of one thing, --kind is {args.kind}: leave one of both out")
     lines = []
     with made_folder(args.folder.parent), staged_folder(args.folder) as folder:
         for number in tqdm(range(args.count), unit="picture"):

@@ -67,8 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, sys.argv's where none is given, and return its exit code."""
 
     def run() -> None:
-        args = build_parser().parse_args(argv)
-        (measure_folder if args.images else measure_vae if args.vae else measure_pictures)(args)
+        parser = build_parser()
+        args = parser.parse_args(argv)
+        mode = "--images" if args.images else "--vae" if args.vae else "shapes"
+        measure, unused = MODES[mode]
+        for name in unused:
+            if getattr(args, name) != parser.get_default(name):
+                needs = "--images" if mode == "shapes" else f"pictures of shapes, not {mode}"
+                parser.error(f"--{name.replace('_', '-')} is for {needs}: leave it out")
+        measure(args)
 
     return exit_code("evaluate", run)
 
@@ -140,6 +147,15 @@ def measure_folder(args: Namespace) -> None:
     if args.clip:
         print(f"CLIP score {clip_score(open_examples(args.images), args.clip, device):.2f}")
 
+
+OF_FOLDERS = ("reference", "inception", "clip")
+OF_SHAPES = ("kinds", "out", "sampler", "steps", "cfg_scale", "batch_size")
+OF_MODELS = ("model", "prompts", "seed", "dtype", "vae")
+MODES = {  # what is measured → how, and the flags that it has no use for
+    "shapes": (measure_pictures, OF_FOLDERS),
+    "--vae": (measure_vae, (*OF_FOLDERS, *OF_SHAPES)),
+    "--images": (measure_folder, (*OF_SHAPES, *OF_MODELS)),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -273,3 +273,32 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 def test_processes_share_a_batch(tmp_path):
     with pytest.raises(RequestError, match=r"use a multiple of 1 processes times loop\.micro_batch, 3"):
         run(read(tmp_path, VAE, "loop.micro_batch=3"))
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    folder = tmp_path / "vae"
+    (folder / ".vae.safetensors.x1.part").mkdir(parents=True)
+    for name in (".state.pt.x2.part", ".notes.part"):
+        (folder / name).touch()
+    run(read(tmp_path, VAE, "loop.steps=1"))
+    assert [path.name for path in folder.glob("*.part")] == [".notes.part"]
+
+
+def test_nothing_to_resume_is_told(tmp_path, caplog):
+    run(read(tmp_path, VAE, "loop.steps=1"), resume=True)
+    assert "vae has no state.pt: there is nothing to go on with, so this begins at step 0" in caplog.text
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    config = read(
+        tmp_path,
+        VAE,
+        "loop.steps=4",
+        "loop.save_every=2",
+        "loop.log_every=4",
+        "optimizer.learning_rate=1e30",
+        "optimizer.clip=0",
+    )
+    with pytest.raises(NumericalError, match=r"step 2: vae\.\S+: not finite; lower optimizer.learning_rate"):
+        run(config)
+    assert not list((tmp_path / "vae").glob("*.safetensors"))

@@ -278,7 +278,15 @@ def test_loss_of_a_perfect_network_is_zero(prediction_type):
         (("output=samples",), "output is 'samples'"),
         (("output=a/b",), "output is 'a/b'"),
         (("model=MODEL", *LORA, "output=lora.pt"), "output is 'lora.pt': use a name that ends in .safetensors"),
-        (("data.side=500",), "width is 500"),
+        (("data.side=500", "networks.image_size=500"), "width is 500"),
+        (("data.side=64",), "networks.image_size is 32 and data.side 64: use the same"),
+        (("networks.vae.channels=64",), "networks.vae is for task 'vae'"),
+        (("diffusion.prediction_type=sample",), "diffusion.prediction_type is for a model; new networks have"),
+        (("diffusion.zero_terminal_snr=true",), "diffusion.zero_terminal_snr is for a model; new networks have"),
+        (
+            ("model=MODEL", "diffusion.prediction_type=sample", 'prior.prompts=["a"]'),
+            "prior.prompts are drawn by the model as it is",
+        ),
         (("samples.prompts=a cat",), "prompts is 'a cat': use a list"),
         (("optimizer.clip=-1",), "clip is -1"),
         (("samples.cfg_scale=-1",), "cfg_scale is -1"),
@@ -290,6 +298,49 @@ def test_faults(changes, told, model, tmp_path):
     with pytest.raises(LdmError, match=re.escape(told)) as caught:
         run(read(tmp_path, text, *(change.replace("MODEL", str(model)) for change in changes)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_discriminator_needs_room(tmp_path):
+    with pytest.raises(RequestError, match=r"data.crop or data.side is 16: use 24 or more with vae.adversarial"):
+        run(read(tmp_path, VAE, "data.crop=16", "vae.adversarial=1", "vae.adversarial_start=1000"))
+
+
+def test_an_autoencoder_reads_no_captions(tmp_path):
+    source = tmp_path / "bare"
+    source.mkdir()
+    for number in range(4):
+        draw_scene(0, number).draw(32).save(source / f"{number}.png")
+    text = VAE.replace('source = "shapes"\ncount = 64', f'source = "{source}"')
+    assert load_vae(run(read(tmp_path, text))).config.channels == 8
+
+
+def test_an_autoencoder_of_other_latents(tmp_path):
+    trained = run(read(tmp_path, VAE, "networks.vae.latent_channels=8", "networks.unet.out_channels=8"))
+    text = re.sub(r"\[networks\].*?(?=\[data\])", "", VAE, flags=re.DOTALL)
+    again = run(read(tmp_path, text, f"model={trained}", "folder=again"))
+    assert load_vae(again).config.latent_channels == 8
+    with pytest.raises(
+        RequestError, match=r"networks do not fit .*: the U-Net makes 4 latent channels, the VAE reads 8"
+    ):
+        run(read(tmp_path, DIFFUSION, f"diffusion.vae={again}"))
+
+
+def test_what_a_save_would_destroy_is_found_first(model, tmp_path):
+    config = read(tmp_path, TUNE, f"model={model}")
+    (tmp_path / "diffusion" / "model").mkdir(parents=True)
+    (tmp_path / "diffusion" / "model" / ".DS_Store").touch()
+    notes = tmp_path / "diffusion" / "model" / "notes.txt"
+    notes.touch()
+    with pytest.raises(RequestError, match=r"1 files that are no part of a model .*\(notes.txt\)"):
+        run(config)
+    assert not (tmp_path / "diffusion" / "metrics.jsonl").exists()
+    notes.unlink()
+    run(read(tmp_path, TUNE, f"model={model}", "loop.steps=1"))
+
+
+def test_pictures_of_an_inpainting_model(model, tmp_path):
+    run(read(tmp_path, TUNE, f"model={model}", "diffusion.inpaint=true", "diffusion.cache=false", "loop.steps=1"))
+    assert (tmp_path / "diffusion" / "samples" / "samples-0000001.png").is_file()
 
 
 @pytest.mark.parametrize("changes", [("data.side=50",), ("data.crop=12",), ("data.crop=64",)])

@@ -100,7 +100,7 @@ def losses(folder: Path, name: str = "loss") -> list[float]:
     return [line[name] for line in lines]
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, *changes: str) -> Path:
     """A model that has hardly learned anything, in a diffusers folder."""
     vae = run(read(folder, VAE))
-    return run(read(folder, DIFFUSION, f"diffusion.vae={vae}"))
+    return run(read(folder, DIFFUSION, f"diffusion.vae={vae}", *changes))

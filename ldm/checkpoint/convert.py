@@ -109,7 +109,7 @@ def write_checkpoint(checkpoint: Checkpoint, target: Path, conversion: Conversio
     if not single and get_close_matches(target.suffix.lower(), FILES):
         raise RequestError(f"{target}: only .safetensors files are written, or folders; choose another name")
     target = target.resolve()  # what a link stands for is replaced, not the link
-    _check_target(target, single, conversion.overwrite)
+    check_target(target, single, conversion.overwrite)
     files = _plan_single(checkpoint, conversion) if single else _plan_folder(checkpoint, conversion)
     _report(checkpoint, conversion, single)
     size = sum(output.nbytes for file in files.values() for output in file.tensors)
@@ -130,13 +130,13 @@ def write_checkpoint(checkpoint: Checkpoint, target: Path, conversion: Conversio
 
 # The files of a model's folder. Where a folder holds anything else, it is not replaced: that would be lost.
 OF_A_MODEL = re.compile(
-    rf"model_index\.json|{re.escape(EXTRAS)}|{re.escape(PREVIEW)}"
+    rf"(.*/)?\.DS_Store|model_index\.json|{re.escape(EXTRAS)}|{re.escape(PREVIEW)}"
     r"|scheduler/scheduler_config\.json|tokenizer/[^/]+\.(json|txt)"
     rf"|({'|'.join(FOLDERS.values())})/(config\.json|({'|'.join(STEMS)})(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?)"
 )
 
 
-def _check_target(target: Path, single: bool, overwrite: bool) -> None:
+def check_target(target: Path, single: bool, overwrite: bool) -> None:
     """Raises RequestError where something is in the way that is not to be replaced."""
     if not target.exists():
         return

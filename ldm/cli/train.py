@@ -30,7 +30,8 @@ def add_commands(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, and print the path of the result, from one process of all. Raises LdmError."""
     try:
-        import tomli_w  # noqa: F401 (the last of the extra to be needed)
+        import matplotlib  # noqa: F401 (these two are needed late)
+        import tomli_w  # noqa: F401
         from accelerate import PartialState
 
         from ldm.train.config import read_train_config

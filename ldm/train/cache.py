@@ -51,6 +51,11 @@ def _name(size: tuple[int, int]) -> str:
     return "{}x{}".format(*size)
 
 
+def _shape(vae: VAE, size: tuple[int, int]) -> tuple[int, int, int]:
+    width, height = (side // vae.config.downsampling for side in size)
+    return 2 * vae.config.latent_channels, height, width
+
+
 @torch.no_grad()
 def open_cache(path: Path, vae: VAE, examples: Examples, sizes: Sizes, device: torch.device) -> Cache:
     """The latents of all examples, cut to `sizes` (width, height): from `path` if it holds these, else made anew."""
@@ -63,7 +68,7 @@ def open_cache(path: Path, vae: VAE, examples: Examples, sizes: Sizes, device: t
     with tqdm(total=len(sizes), unit="picture", desc="encoding pictures") as bar:
         for size in dict.fromkeys(sizes):
             numbers = [number for number, own in enumerate(sizes) if own == size]
-            parts = []
+            rows = torch.empty(len(numbers), *_shape(vae, size), dtype=torch.float16)
             batch = max(1, PIXELS // (size[0] * size[1]))
             for start in range(0, len(numbers), batch):
                 pictures = []
@@ -71,11 +76,10 @@ def open_cache(path: Path, vae: VAE, examples: Examples, sizes: Sizes, device: t
                     sources[number], example = find_whole(examples, number)
                     pictures.append(to_tensor(fit(example.image, size)))
                 posterior = vae.encode(torch.cat(pictures).to(device))
-                parts.append(
-                    torch.cat([posterior.mean, (0.5 * posterior.logvar).exp()], dim=1).half().cpu().contiguous()
-                )
+                deviation = (0.5 * posterior.logvar).exp()
+                rows[start : start + batch] = torch.cat([posterior.mean, deviation], dim=1)
                 bar.update(len(pictures))
-            latents[_name(size)] = torch.cat(parts)
+            latents[_name(size)] = rows
     tensors = {**latents, SOURCES: sources}
     with staged_file(path, overwrite=True) as temporary:
         save_file(tensors, temporary, {"key": key})

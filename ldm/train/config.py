@@ -255,6 +255,17 @@ class TrainConfig:
             raise ValueError("vae.decoder_only needs an encoder: give a model with model")
         if method == "textual_inversion" and not self.inversion.token:
             raise ValueError("diffusion.method is 'textual_inversion': give its new word with inversion.token")
+        if self.task == "diffusion" and self.model is None and self.networks.image_size != self.data.side:
+            raise ValueError(
+                f"networks.image_size is {self.networks.image_size} and data.side {self.data.side}: use the same, "
+                "the size of pictures that the model will draw"
+            )
+        changed = self.diffusion.prediction_type or self.diffusion.zero_terminal_snr is not None
+        if method == "full" and self.prior.prompts and changed:
+            raise ValueError(
+                "prior.prompts are drawn by the model as it is, which is to predict something else: leave them out, or "
+                "diffusion.prediction_type and diffusion.zero_terminal_snr"
+            )
         for name in ("flip", "random_crop"):
             if self.diffusion.cache and getattr(self.data, name):
                 raise ValueError(f"diffusion.cache and data.{name} do not go together: a picture has one encoding")
@@ -269,7 +280,9 @@ class TrainConfig:
             "networks": ("new networks, not for a model", self.model is None),
             "vae": ("task 'vae'", not diffusion),
             "data.crop": ("task 'vae'", not diffusion),
+            "networks.vae": ("task 'vae'; diffusion.vae has its own", not diffusion),
             "data.buckets": ("task 'diffusion'", diffusion),
+            "data.caption": ("task 'diffusion'", diffusion),
             "diffusion": ("task 'diffusion'", diffusion),
             "prior": ("task 'diffusion'", diffusion),
             "samples": ("task 'diffusion'", diffusion),
@@ -277,6 +290,8 @@ class TrainConfig:
             "inversion": ("diffusion.method 'textual_inversion'", method == "textual_inversion"),
             "diffusion.train_text": ("the other methods", method != "textual_inversion"),
             "diffusion.vae": ("new networks, not for a model", self.model is None),
+            "diffusion.prediction_type": ("a model; new networks have networks.schedule", self.model is not None),
+            "diffusion.zero_terminal_snr": ("a model; new networks have networks.schedule", self.model is not None),
             "output_dtype": ("the other methods", method != "textual_inversion"),
         }
         for name, (use, is_used) in uses.items():

@@ -378,7 +378,13 @@ def assign(sizes: Sequence[Size], buckets: Sequence[Size]) -> list[int]:
 
 
 def fit(image: Image.Image, size: Size, random_crop: Random | None = None, flip: bool = False) -> Image.Image:
-    """An image that covers `size` (width, height), its aspect kept: what sticks out is cut off, evenly or by chance."""
-    centering = (random_crop.random(), random_crop.random()) if random_crop else (0.5, 0.5)
-    fitted = ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=centering)
-    return ImageOps.mirror(fitted) if flip else fitted
+    """An image that covers `size` (width, height), its aspect kept: what sticks out is cut off, evenly or by chance.
+
+    It is cut between pixels, so that one of the right height or width keeps its pixels as they are.
+    """
+    shrink = min(whole / wanted for whole, wanted in zip(image.size, size, strict=True))
+    width, height = (max(1, round(wanted * shrink)) for wanted in size)
+    right, down = (random_crop.random(), random_crop.random()) if random_crop else (0.5, 0.5)
+    left, top = round(right * (image.width - width)), round(down * (image.height - height))
+    cut = image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.LANCZOS)
+    return ImageOps.mirror(cut) if flip else cut

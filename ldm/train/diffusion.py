@@ -176,7 +176,7 @@ class DiffusionTask(Task):
     @torch.no_grad()
     def pictures(self) -> Image.Image | None:
         samples, model = self.config.samples, self.model
-        if not samples.prompts or model.config.inpaints:
+        if not samples.prompts:
             return None
         modes = {network: network.training for network in (model.unet, model.text)}
         for network in modes:

@@ -75,6 +75,8 @@ def evaluate(
         raise RequestError("judging pictures needs scipy: pip install 'ldm[evaluate]'")
     chosen = [(kind, number) for kind in kinds for number in range(count)]
     batches = [(setting, chosen[i : i + batch_size]) for setting in settings for i in range(0, len(chosen), batch_size)]
+    if sd.config.unet.in_channels != sd.config.vae.latent_channels:
+        raise RequestError("a model that edits pictures draws none of its own: give one for text to image")
     for setting in settings:
         sd.resolve(Request("", seed=seed, **asdict(setting)))
     judged = []

@@ -8,16 +8,18 @@ import math
 import subprocess
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm import __version__
+from ldm.checkpoint.convert import check_target
 from ldm.errors import LdmError, NumericalError, RequestError, printable
 from ldm.files import staged_file
 from ldm.train.config import ABOUT, CONFIG, STATE, Optimizer, TrainConfig, read_toml, to_table, to_toml
@@ -30,6 +32,7 @@ from ldm.train.task import Task
 
 log = logging.getLogger(__name__)
 
+PATIENCE = timedelta(days=1)  # of the other processes, while the first draws pictures or fills caches
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names
 
 
@@ -40,7 +43,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     partly = bool(config.vae.adversarial) or config.diffusion.clip_skip > 1
     some = DistributedDataParallelKwargs(find_unused_parameters=partly)
     try:
-        return Accelerator(mixed_precision=MIXED_PRECISION[config.loop.precision], kwargs_handlers=[some])
+        return Accelerator(
+            mixed_precision=MIXED_PRECISION[config.loop.precision],
+            kwargs_handlers=[some, InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
     except ValueError as error:
         raise RequestError(
             f"loop.precision is {config.loop.precision!r}, which this machine has not ({error})"
@@ -62,6 +68,7 @@ def train(config: TrainConfig, task: Task, batches: Any, accelerator: Accelerato
     target, last = folder / config.output, config.loop.steps
     is_main = accelerator.is_main_process
     if is_main:
+        check_target(target, single=bool(target.suffix), overwrite=True)  # now, not at the first save
         describe_run(folder, config)
     with (
         closing(RunLog(folder, first + 1)) if is_main else nullcontext() as record,
@@ -77,7 +84,8 @@ def train(config: TrainConfig, task: Task, batches: Any, accelerator: Accelerato
             if done % config.loop.log_every == 0 or done == last:
                 _report(bar, record, done, run.mean(values), config)
             if done % config.loop.save_every == 0 or done == last:
-                run.save_result(target, done)  # refused where it is not finite, and then the state stays
+                run.check_finite(done)  # before anything is replaced
+                run.save_result(target, done)
                 run.save(folder / STATE, done)
                 if is_main:
                     draw_curves(folder)
@@ -89,15 +97,18 @@ def train(config: TrainConfig, task: Task, batches: Any, accelerator: Accelerato
 def _report(bar: tqdm, record: RunLog | None, step: int, values: Mapping[str, Tensor], config: TrainConfig) -> None:
     numbers = {name: value.item() for name, value in values.items()}
     if not all(math.isfinite(number) for number in numbers.values()):
-        raise NumericalError(
-            f"step {step}: {printable(str(numbers))}: not finite; lower optimizer.learning_rate, or use loop.precision "
-            "float32 or bfloat16"
-        )
+        raise _diverged(step, printable(str(numbers)))
     rate = bar.format_dict["rate"]
     pictures = {"images/s": rate * config.loop.batch_size} if rate else {}
     bar.set_postfix({"loss": f"{numbers['loss']:.4f}", **{k: f"{v:.1f}" for k, v in pictures.items()}})
     if record is not None:
         record.write(step, numbers | {"learning_rate": learning_rate(config.optimizer, step - 1, config.loop.steps)})
+
+
+def _diverged(step: int, what: str) -> NumericalError:
+    return NumericalError(
+        f"step {step}: {what}: not finite; lower optimizer.learning_rate, or use loop.precision float32 or bfloat16"
+    )
 
 
 class Run:
@@ -156,6 +167,11 @@ class Run:
         """Over all processes."""
         return {name: self.accelerator.reduce(value, "mean") for name, value in values.items()}
 
+    def check_finite(self, step: int) -> None:
+        """Raises NumericalError."""
+        if damaged := [name for name, parameter in self.parameters.items() if not parameter.isfinite().all()]:
+            raise _diverged(step, damaged[0])
+
     def averaged(self) -> Any:
         """With the averages, if any, as parameters."""
         return nullcontext() if self.ema is None else self.ema.applied(self.parameters)
@@ -202,6 +218,8 @@ def check_folder(folder: Path, resume: bool) -> None:
     """Raises RequestError where another run is there."""
     if (folder / CONFIG).is_file() and not resume:
         raise RequestError(f"{folder} holds a run already: go on with it by --resume, or choose another folder")
+    if resume and not (folder / STATE).is_file():
+        log.warning("%s has no %s: there is nothing to go on with, so this begins at step 0", folder, STATE)
 
 
 def describe_run(folder: Path, config: TrainConfig) -> None:

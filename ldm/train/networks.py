@@ -31,10 +31,13 @@ def new_model(config: ModelConfig, vae: Path, captions: Iterable[str], seed: int
     """A new U-Net and text encoder for the latents of a finished VAE.
 
     A vocabulary that is not of CLIP's size is learned from the captions. Raises CheckpointError, and RequestError for
-    captions that do not have as many words.
+    captions that do not have as many words, and for latents of other channels than the U-Net.
     """
     trained = load_vae(vae)
-    config = replace(config, vae=trained.config)
+    try:
+        config = replace(config, vae=trained.config)
+    except ValueError as error:
+        raise RequestError(f"networks do not fit {vae}: {error}") from error
     size = config.text.vocab_size
     tables = shipped_vocabulary() if size == SD_V1.text.vocab_size else learn_vocabulary(captions, size)
     tokenizer = build_tokenizer(*tables, config.text.max_length)

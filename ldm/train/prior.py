@@ -69,12 +69,12 @@ def draw_prior(parent: Path, model: Model, config: TrainConfig, accelerator: Acc
     that lack are drawn now. Another model, other prompts or other settings have another folder."""
     prior, device = config.prior, accelerator.device
     requests = [config.request(prior.prompts[seed % len(prior.prompts)], seed) for seed in range(prior.count)]
-    folder = parent / fingerprint([model.unet, model.text], requests, config.loop.precision)[:12]
+    networks = (model.unet, model.vae, model.text)
+    folder = parent / fingerprint(networks, model.config.schedule, requests, config.loop.precision)[:12]
     missing = [request for request in requests if not (folder / f"{request.seed}.txt").is_file()]
     if not missing:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    networks = (model.unet, model.vae, model.text)
     for network in networks:
         network.to(device)
     sd = StableDiffusion(*networks, model.config, "prior", device, torch.float32)

@@ -9,8 +9,9 @@ from accelerate import Accelerator
 
 from ldm.checkpoint import Model
 from ldm.errors import RequestError
+from ldm.files import remove_unfinished
 from ldm.train.cache import open_cache
-from ldm.train.config import LATENTS, PRIOR, TrainConfig
+from ldm.train.config import LATENTS, OF_A_RUN, PRIOR, TrainConfig
 from ldm.train.data import Batches, Examples, assign, bucket_sizes, open_examples
 from ldm.train.diffusion import DiffusionTask
 from ldm.train.loop import check_folder, make_accelerator, train
@@ -30,9 +31,13 @@ def run(config: TrainConfig, resume: bool = False) -> Path:
             f"times loop.micro_batch, {micro_batch}"
         )
     check_folder(Path(config.folder), resume)
-    Path(config.folder).mkdir(parents=True, exist_ok=True)
-    data = config.data
-    examples = open_examples(data.source, seed=data.seed, count=data.count, side=data.side, caption=data.caption)
+    folder, data = Path(config.folder), config.data
+    folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        for name in (*OF_A_RUN, config.output):
+            remove_unfinished(folder / name)
+    caption = data.caption if config.task == "diffusion" else ""  # an autoencoder reads none
+    examples = open_examples(data.source, seed=data.seed, count=data.count, side=data.side, caption=caption)
     task, batches = TASKS[config.task](config, examples, accelerator)
     return train(config, task, batches, accelerator, resume)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import load_vae
 from ldm.checkpoint.convert import Conversion
 from ldm.checkpoint.save import save_networks
+from ldm.config import ModelConfig, UNetConfig
 from ldm.errors import RequestError
 from ldm.images import contact_sheet, to_image, to_tensor
 from ldm.train.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
@@ -48,11 +49,15 @@ class VAETask(Task):
                 f"data.crop or data.side is {side}: use a multiple of {self.vae.config.downsampling}, and a crop no "
                 "larger than data.side"
             )
-        if config.loop.gradient_checkpointing:
-            checkpoint_gradients(self.vae)
         self.discriminator = PatchDiscriminator() if config.vae.adversarial else None
         if self.discriminator is not None:
+            if side < self.discriminator.smallest:
+                raise RequestError(
+                    f"data.crop or data.side is {side}: use {self.discriminator.smallest} or more with vae.adversarial"
+                )
             self.turns = ("autoencoder", "discriminator")
+        if config.loop.gradient_checkpointing:
+            checkpoint_gradients(self.vae)
         self.perceptual = PerceptualDistance() if config.vae.perceptual else None
 
     def turns_at(self, step: int) -> tuple[str, ...]:
@@ -110,7 +115,9 @@ class VAETask(Task):
 
     def save(self, target: Path, dtype: str) -> None:
         """As a file of its own; a new autoencoder's scale factor makes the variance of its latents 1."""
-        config = replace(self.config.networks, vae=self.vae.config)
+        config = ModelConfig(
+            UNetConfig(out_channels=self.vae.config.latent_channels), self.vae.config, image_size=self.config.data.side
+        )
         if self.config.model is None:
             spread = (place * len(self.examples) // MEASURED for place in range(MEASURED))
             latents = torch.cat([self._encode(number) for number in spread])
