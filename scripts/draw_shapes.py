@@ -6,7 +6,6 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -47,7 +46,7 @@ def draw(args: Namespace) -> None:
         for number in tqdm(range(args.count), unit="picture"):
             scene = draw_scene(args.seed, number, args.split, "one" if args.shape else args.kind)
             if args.shape:
-                scene = replace(scene, things=(replace(scene.things[0], shape=args.shape),))
+                scene = scene.with_shape(args.shape)
             name = f"{number:05d}.png"
             scene.draw(args.side).save(folder / name)
             lines.append(json.dumps({"file_name": name, "text": scene.caption(Random(number))}))

@@ -30,11 +30,15 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--model", metavar="PATH", help="a model file or diffusers folder (default: shipped)")
+    parser.add_argument("--lora", metavar="PATH", help="to merge into it")
     parser.add_argument(
         "--prompts", type=at_least_one, default=500, metavar="N", help="of all kinds together (default 500)"
     )
     parser.add_argument(
-        "--kinds", nargs="+", metavar="KIND", help="of scenes: one, two, count, three, unseen (default: all)"
+        "--kinds",
+        nargs="+",
+        metavar="KIND",
+        help="of scenes: one, two, count, three, unseen (default: these), or moon, which only fine-tuned models know",
     )
     for name, kind in (("sampler", str), ("steps", int), ("cfg_scale", float)):
         value = getattr(default, name)
@@ -84,10 +88,13 @@ def measure_pictures(args: Namespace) -> None:
     """Print the table and write it, all verdicts and a sheet."""
     from ldm.pipeline import StableDiffusion
     from ldm.train.evaluate import ALL_KINDS, Setting, evaluate, table
+    from ldm.train.shapes import NEW_SHAPES
 
     kinds = list(dict.fromkeys(args.kinds or ALL_KINDS))
-    if unknown := set(kinds) - set(ALL_KINDS):
-        raise RequestError(f"kinds are {', '.join(sorted(unknown))}: use some of {', '.join(ALL_KINDS)}")
+    if unknown := set(kinds) - {*ALL_KINDS, *NEW_SHAPES}:
+        raise RequestError(
+            f"kinds are {', '.join(sorted(unknown))}: use some of {', '.join([*ALL_KINDS, *NEW_SHAPES])}"
+        )
     if args.prompts < len(kinds):
         raise RequestError(f"prompts is {args.prompts}: use {len(kinds)} or more, one a kind")
     if args.out and (taken := [name for name in RESULTS if (args.out / name).exists()]):
@@ -100,6 +107,8 @@ def measure_pictures(args: Namespace) -> None:
     ]
     settings = [Setting(request.sampler, request.steps, request.cfg_scale) for request in requests]
     sd = StableDiffusion.load(args.model, device=args.device, dtype=args.dtype)
+    if args.lora:
+        sd.load_lora(args.lora)
     judged = evaluate(sd, settings, kinds, args.prompts // len(kinds), args.seed, args.batch_size)
     print(table(judged), end="")
     if args.out:
@@ -149,7 +158,7 @@ def measure_folder(args: Namespace) -> None:
 
 
 OF_FOLDERS = ("reference", "inception", "clip")
-OF_SHAPES = ("kinds", "out", "sampler", "steps", "cfg_scale", "batch_size")
+OF_SHAPES = ("lora", "kinds", "out", "sampler", "steps", "cfg_scale", "batch_size")
 OF_MODELS = ("model", "prompts", "seed", "dtype", "vae")
 MODES = {  # what is measured → how, and the flags that it has no use for
     "shapes": (measure_pictures, OF_FOLDERS),

@@ -61,6 +61,13 @@ def test_scenes_are_held_out(kind):
     assert {split_of(held_out(3, number, kind)) for number in range(20)} == {"unseen" if kind == "unseen" else "test"}
 
 
+def test_new_shapes_are_asked_for_by_name():
+    for number in range(5):
+        moon, known = held_out(3, number, "moon"), held_out(3, number, "one")
+        assert moon.things[0].shape == "moon" and "moon" in moon.caption()
+        assert moon.with_shape(known.things[0].shape) == known
+
+
 def judged(kind: str, *flags: bool | None) -> Judged:
     return Judged(SETTING, kind, "a very " * 30 + "long caption", 0, Verdict(*flags), Image.new("RGB", (64, 64)))
 
@@ -177,6 +184,10 @@ def test_clip_score_is_the_mean_cosine(clip_folder, folder):
     ("arguments", "code", "message"),
     [
         (["--kinds", "four"], 2, "kinds are four: use some of one, two"),
+        (["--clip", "x"], 2, "--clip is for --images: leave it out"),
+        (["--vae", "--out", "x"], 2, "--out is for pictures of shapes, not --vae: leave it out"),
+        (["--images", "x", "--cfg-scale", "3"], 2, "--cfg-scale is for pictures of shapes, not --images: leave it out"),
+        (["--lora", "absent.safetensors"], 1, "absent.safetensors: no such file"),
         (["--prompts", "3"], 2, "prompts is 3: use 5 or more"),
         (["--prompts", "none"], 2, "use a whole number from 1"),
         (["--sampler", "dimm"], 2, "nearest is ddim"),

@@ -25,7 +25,7 @@ from ldm.request import Request
 from ldm.runtime.noise import seeded_noise
 from ldm.train.data import Examples
 from ldm.train.judge import Verdict, judge
-from ldm.train.shapes import KINDS, Scene, draw_scene
+from ldm.train.shapes import KINDS, NEW_SHAPES, Scene, draw_scene
 from ldm.train.sheets import captioned
 
 UNSEEN = "unseen"  # the kind of scenes with one thing, whose pair of colour and shape is never in training
@@ -60,7 +60,9 @@ class Judged:
 
 
 def held_out(seed: int, number: int, kind: str) -> Scene:
-    """Scene `number` of those that training never shows, of one of ALL_KINDS."""
+    """Scene `number` of those that training never shows, of one of ALL_KINDS, or of one thing of a new shape."""
+    if kind in NEW_SHAPES:
+        return draw_scene(seed, number, "test", "one").with_shape(kind)
     return draw_scene(seed, number, UNSEEN, "one") if kind == UNSEEN else draw_scene(seed, number, "test", kind)
 
 

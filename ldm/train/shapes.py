@@ -129,6 +129,10 @@ class Scene:
         things = [f"{thing.size if self.tells_size else ''} {thing.colour} {thing.shape}" for thing in self.things]
         return f"{self.relation}: {', '.join(things)}: {self.background.pattern} {' '.join(self.background.colours)}"
 
+    def with_shape(self, shape: str) -> Scene:
+        """The same, but for the shape of its first thing."""
+        return replace(self, things=(replace(self.things[0], shape=shape), *self.things[1:]))
+
     def caption(self, random: Random | None = None) -> str:
         """One of many wordings; the plainest without `random`."""
         return caption_of(self, random)
