@@ -38,9 +38,10 @@ class Conditioning:
     parts: tuple[Conditioned, ...]
 
     def at(self, step: int) -> tuple[tuple[float, Tensor], ...]:
-        """For each part that AND joins, its weight in guidance and its context (1, 77 · chunks, width) at a step.
+        """For each part that AND joins, its weight in guidance and its context (1, n · chunks, width) at a step.
 
-        Steps count from 0; contexts of equal texts of a part are one object. `index_at` tells which text holds.
+        n is the text encoder's max_length. Steps count from 0; contexts of equal texts of a part are one object.
+        `index_at` tells which text holds.
         """
         return tuple((part.weight, part.contexts[index_at(part.ends, step)]) for part in self.parts)
 
@@ -86,7 +87,7 @@ def encode_prompt(
 
 
 class _Row(NamedTuple):
-    """A chunk with its ends and padding: 77 ids, and as many weights."""
+    """A chunk with its ends and padding: max_length ids, and as many weights."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
@@ -122,7 +123,7 @@ def _table(text: TextEncoder, texts: Texts, rows: Table) -> Table:
 
 
 def _encode(text: TextEncoder, rows: Sequence[_Row], clip_skip: int) -> dict[tuple[int, ...], Tensor]:
-    """The hidden states (77, width) of each chunk's ids."""
+    """The hidden states (n, width) of each chunk's ids."""
     distinct = list(dict.fromkeys(row.ids for row in rows))
     ids = torch.tensor(distinct, device=next(text.parameters()).device)
     states = torch.cat([text(some, clip_skip) for some in ids.split(ROWS_AT_ONCE)])
@@ -130,7 +131,7 @@ def _encode(text: TextEncoder, rows: Sequence[_Row], clip_skip: int) -> dict[tup
 
 
 def _weigh(texts: Texts, table: Table, states: Mapping[tuple[int, ...], Tensor], emphasis: str) -> dict[str, Tensor]:
-    """The contexts (1, 77 · chunks, width) of a part's texts.
+    """The contexts (1, n · chunks, width) of a part's texts.
 
     The mean that is restored is that of all of them, each counting as often as it comes: AUTOMATIC1111 has them in one
     tensor.
@@ -148,7 +149,7 @@ def _weigh(texts: Texts, table: Table, states: Mapping[tuple[int, ...], Tensor],
 
 
 def _apply_weights(z: Tensor, weights: Tensor, share: Tensor, emphasis: str) -> Tensor:
-    """States (n, 77, width) times weights (n, 77, 1), computed in float32; `share` (n,) is each text's in the mean."""
+    """States (b, n, width) times weights (b, n, 1), computed in float32; `share` (b,) is each text's in the mean."""
     weighted = z.float() * weights
     if emphasis == "original":
         weighted = weighted * ((z.float().mean((1, 2)) @ share) / (weighted.mean((1, 2)) @ share))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # diffusers and transformers would look for updates
@@ -16,11 +17,16 @@ from torch import Tensor
 
 from ldm import StableDiffusion, UNetConfig
 from ldm.checkpoint import load_unet, load_vae
+from ldm.checkpoint.sources import open_checkpoint
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 
 TINY_UNET = UNetConfig(channels=32, channel_mult=(1, 2, 2, 4), heads=4, context_dim=48)
 SHIPPED = Path(__file__).parent.parent / "weights" / "shapes"
+SHIPPED_TEXT = open_checkpoint(SHIPPED).part("text").read_config()
+SIDE = 64  # pixels: half of the shipped model's, for tests to which size is nothing but time
+SMALL = ("-W", str(SIDE), "-H", str(SIDE))  # the same, on a command line
+OWN_SIZE = {"width": 128, "height": 128}  # of the shipped model's pictures, where they are judged
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -90,16 +96,21 @@ def tiny_vae(tiny_path) -> VAE:
     return load_vae(tiny_path)
 
 
+def load_small(dtype: str = "float32") -> StableDiffusion:
+    """The shipped model on the CPU, which draws SIDE×SIDE pixels unless told otherwise."""
+    sd = StableDiffusion.load(device="cpu", dtype=dtype)
+    return replace(sd, config=replace(sd.config, image_size=SIDE))
+
+
 @pytest.fixture(scope="session")
 def shipped() -> StableDiffusion:
-    """The shipped model in float32 on the CPU."""
-    return StableDiffusion.load(device="cpu", dtype="float32")
+    return load_small()
 
 
 @pytest.fixture(scope="module")
 def sd() -> StableDiffusion:
-    """The shipped model for tests that change it: each file has its own."""
-    return StableDiffusion.load(device="cpu", dtype="float32")
+    """For tests that change the model: each file has its own."""
+    return load_small()
 
 
 @pytest.fixture

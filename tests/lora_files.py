@@ -12,9 +12,10 @@ from ldm import StableDiffusion
 from ldm.checkpoint.names import text_names, unet_names
 
 # Modules of the shipped model.
-LINEAR = "down.0.transformer.cross_attention.to_k"  # 64 × 128
-SQUARE = "down.0.transformer.self_attention.to_q"  # 64 × 64
-CONV = "down.2.resnet.conv1"  # 128 × 64 × 3 × 3
+NARROW, WIDE, CONTEXT = 48, 96, 128  # the U-Net's first two levels, and what it attends to
+LINEAR = "down.2.transformer.cross_attention.to_k"  # WIDE × CONTEXT
+SQUARE = "down.2.transformer.self_attention.to_q"  # WIDE × WIDE
+CONV = "down.2.resnet.conv1"  # WIDE × NARROW × 3 × 3
 DOWN = "down.1.conv"  # a downsampler
 TEXT = "transformer.encoder.layers.0.self_attn.q_proj"
 

@@ -8,8 +8,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import SHIPPED, assert_parity, relative_error
-from lora_files import CONV, LINEAR, SQUARE, lora, of, rand, saved
+from conftest import SHIPPED, SHIPPED_TEXT, assert_parity, relative_error
+from lora_files import CONTEXT, CONV, LINEAR, NARROW, SQUARE, WIDE, lora, of, rand, saved
 from lycoris.functional.general import weight_decompose
 from test_pipeline import PROMPT
 from torch import Tensor
@@ -33,7 +33,7 @@ def einsum(equation: str, *tensors: Tensor) -> np.ndarray:
 
 
 def lora_linear():
-    up, down = rand(64, 4), rand(4, 128)
+    up, down = rand(WIDE, 4), rand(4, CONTEXT)
     return (
         LINEAR,
         {"up": up, "down": down, "alpha": torch.tensor(2.0)},
@@ -42,40 +42,41 @@ def lora_linear():
 
 
 def lora_linear_of_1x1_convolutions():
-    up, down = rand(64, 4, 1, 1), rand(4, 64, 1, 1)
+    up, down = rand(WIDE, 4, 1, 1), rand(4, WIDE, 1, 1)
     return (
-        "down.0.transformer.proj_in",
+        "down.2.transformer.proj_in",
         {"up": up, "down": down},
         einsum("orxy,riyx->oi", up, down),
     )
 
 
 def locon():
-    up, down = rand(128, 4, 1, 1), rand(4, 64, 3, 3)
+    up, down = rand(WIDE, 4, 1, 1), rand(4, NARROW, 3, 3)
     parts = {"up": up, "down": down, "alpha": torch.tensor(3)}
     return CONV, parts, einsum("or,rixy->oixy", up[:, :, 0, 0], down) * 3 / 4
 
 
 def locon_tucker():
-    up, mid, down = rand(128, 4, 1, 1), rand(4, 4, 3, 3), rand(4, 64, 1, 1)
+    up, mid, down = rand(WIDE, 4, 1, 1), rand(4, 4, 3, 3), rand(4, NARROW, 1, 1)
     parts = {"up": up, "mid": mid, "down": down, "alpha": torch.tensor(2.0)}
     return CONV, parts, einsum("om,mnxy,ni->oixy", up[:, :, 0, 0], mid, down[:, :, 0, 0]) / 2
 
 
 def loha():
-    a1, b1, a2, b2 = rand(64, 4), rand(4, 128), rand(64, 4), rand(4, 128)
+    a1, b1, a2, b2 = rand(WIDE, 4), rand(4, CONTEXT), rand(WIDE, 4), rand(4, CONTEXT)
     parts = {"hada_w1_a": a1, "hada_w1_b": b1, "hada_w2_a": a2, "hada_w2_b": b2, "alpha": torch.tensor(1.0)}
     return LINEAR, parts, einsum("or,ri->oi", a1, b1) * einsum("or,ri->oi", a2, b2) / 4
 
 
 def loha_conv():
-    a1, b1, a2, b2 = rand(128, 4), rand(4, 64 * 9), rand(128, 4), rand(4, 64 * 9)
+    a1, b1, a2, b2 = rand(WIDE, 4), rand(4, NARROW * 9), rand(WIDE, 4), rand(4, NARROW * 9)
     parts = {"hada_w1_a": a1, "hada_w1_b": b1, "hada_w2_a": a2, "hada_w2_b": b2}
-    return CONV, parts, (einsum("or,rk->ok", a1, b1) * einsum("or,rk->ok", a2, b2)).reshape(128, 64, 3, 3)
+    return CONV, parts, (einsum("or,rk->ok", a1, b1) * einsum("or,rk->ok", a2, b2)).reshape(WIDE, NARROW, 3, 3)
 
 
 def loha_tucker():
-    a1, b1, t1, a2, b2, t2 = rand(4, 128), rand(4, 64), rand(4, 4, 3, 3), rand(4, 128), rand(4, 64), rand(4, 4, 3, 3)
+    a1, b1, a2, b2 = rand(4, WIDE), rand(4, NARROW), rand(4, WIDE), rand(4, NARROW)
+    t1, t2 = rand(4, 4, 3, 3), rand(4, 4, 3, 3)
     parts = {"hada_w1_a": a1, "hada_w1_b": b1, "hada_t1": t1, "hada_w2_a": a2, "hada_w2_b": b2, "hada_t2": t2}
     first, second = (einsum("po,pqxy,qi->oixy", a, t, b) for a, t, b in [(a1, t1, b1), (a2, t2, b2)])
     return CONV, parts | {"alpha": torch.tensor(2.0)}, first * second / 2
@@ -88,7 +89,7 @@ def kron(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def lokr_whole():
-    w1, w2 = rand(8, 4), rand(8, 32)
+    w1, w2 = rand(8, 4), rand(WIDE // 8, CONTEXT // 4)
     return (
         LINEAR,
         {"lokr_w1": w1, "lokr_w2": w2, "alpha": torch.tensor(1.0)},
@@ -97,42 +98,42 @@ def lokr_whole():
 
 
 def lokr():
-    w1, a, b = rand(8, 4), rand(8, 2), rand(2, 32)
+    w1, a, b = rand(8, 4), rand(WIDE // 8, 2), rand(2, CONTEXT // 4)
     parts = {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(1.0)}
     return LINEAR, parts, kron(f64(w1), einsum("or,ri->oi", a, b)) / 2
 
 
 def lokr_both():
-    a1, b1, a2, b2 = rand(8, 2), rand(2, 4), rand(8, 2), rand(2, 32)
+    a1, b1, a2, b2 = rand(8, 2), rand(2, 4), rand(WIDE // 8, 2), rand(2, CONTEXT // 4)
     parts = {"lokr_w1_a": a1, "lokr_w1_b": b1, "lokr_w2_a": a2, "lokr_w2_b": b2, "alpha": torch.tensor(1.0)}
     return LINEAR, parts, kron(einsum("or,ri->oi", a1, b1), einsum("or,ri->oi", a2, b2)) / 2
 
 
 def lokr_first():
-    a1, b1, w2 = rand(8, 3), rand(3, 4), rand(8, 32)
+    a1, b1, w2 = rand(8, 3), rand(3, 4), rand(WIDE // 8, CONTEXT // 4)
     parts = {"lokr_w1_a": a1, "lokr_w1_b": b1, "lokr_w2": w2, "alpha": torch.tensor(1.0)}
     return LINEAR, parts, kron(einsum("or,ri->oi", a1, b1), f64(w2)) / 3
 
 
 def lokr_conv():
-    w1, w2 = rand(8, 4), rand(16, 16, 3, 3)
+    w1, w2 = rand(8, 4), rand(WIDE // 8, NARROW // 4, 3, 3)
     return CONV, {"lokr_w1": w1, "lokr_w2": w2}, kron(f64(w1), f64(w2))
 
 
 def lokr_conv_pair():
-    w1, a, b = rand(8, 4), rand(16, 2), rand(2, 16 * 9)
+    w1, a, b = rand(8, 4), rand(WIDE // 8, 2), rand(2, NARROW // 4 * 9)
     parts = {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(1.0)}
-    return CONV, parts, kron(f64(w1), einsum("or,rixy->oixy", a, b.view(2, 16, 3, 3))) / 2
+    return CONV, parts, kron(f64(w1), einsum("or,rixy->oixy", a, b.view(2, -1, 3, 3))) / 2
 
 
 def lokr_conv_tucker():
-    w1, a, t, b = rand(8, 4), rand(2, 16), rand(2, 2, 3, 3), rand(2, 16)
+    w1, a, t, b = rand(8, 4), rand(2, WIDE // 8), rand(2, 2, 3, 3), rand(2, NARROW // 4)
     parts = {"lokr_w1": w1, "lokr_w2_a": a, "lokr_t2": t, "lokr_w2_b": b, "alpha": torch.tensor(1.0)}
     return CONV, parts, kron(f64(w1), einsum("po,pqxy,qi->oixy", a, t, b)) / 2
 
 
 def difference():
-    diff = rand(128, 64, 3, 3)
+    diff = rand(WIDE, NARROW, 3, 3)
     return CONV, {"diff": diff}, f64(diff)
 
 
@@ -172,9 +173,9 @@ def test_dora(sd, tmp_path, kind, axis, strength):
 
 
 def test_dora_of_a_square_weight_by_its_axis(sd, tmp_path):
-    up, down, lengths = rand(64, 4), rand(4, 64), rand(64).abs() + 0.5
+    up, down, lengths = rand(WIDE, 4), rand(4, WIDE), rand(WIDE).abs() + 0.5
     weight = sd.unet.get_parameter(f"{SQUARE}.weight").detach()
-    for on_rows, shape in [(True, (64, 1)), (False, (1, 64))]:
+    for on_rows, shape in [(True, (WIDE, 1)), (False, (1, WIDE))]:
         parts = {"up": up, "down": down, "dora_scale": lengths.reshape(shape)}
         theirs = weight_decompose(weight + up @ down, lengths.reshape(shape), wd_on_out=on_rows)
         with sd.load_lora(saved(tmp_path, of(sd, SQUARE, **parts))):
@@ -183,8 +184,8 @@ def test_dora_of_a_square_weight_by_its_axis(sd, tmp_path):
 
 def test_changes_of_norms_and_biases(sd, tmp_path):
     norm, conv = "down.2.resnet.norm1", CONV
-    parts = {"w_norm": rand(64), "b_norm": rand(64)}
-    biased = {"diff_b": rand(128), "up": rand(128, 2, 1, 1), "down": rand(2, 64, 3, 3)}
+    parts = {"w_norm": rand(NARROW), "b_norm": rand(NARROW)}
+    biased = {"diff_b": rand(WIDE), "up": rand(WIDE, 2, 1, 1), "down": rand(2, NARROW, 3, 3)}
     path = saved(tmp_path, of(sd, norm, **parts) | of(sd, conv, **biased))
     originals = {key: value.detach().clone() for key, value in sd.unet.named_parameters()}
     with sd.load_lora(path, -0.5):
@@ -256,7 +257,7 @@ def pipeline(sd):
 
 
 def assert_outputs_equal(sd: StableDiffusion, pipeline, what: str) -> None:
-    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 801]), torch.randn(2, 77, 128)
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([1, 801]), torch.randn(2, SHIPPED_TEXT.max_length, CONTEXT)
     theirs = pipeline.unet(x, t, context).sample
     assert_parity(f"U-Net with {what}", sd.unet(x, t, context), theirs, 1e-5)
     ids = sd.text.tokenize([PROMPT, ""])

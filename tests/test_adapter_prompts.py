@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import SMALL
 from lora_files import assert_restored, lora, saved, snapshot
 from PIL import Image
 from test_pipeline import PROMPT
@@ -121,7 +122,8 @@ def test_an_abandoned_stream_leaves_nothing(drawing):
 
 
 def run(capsys, *args: object) -> list[bytes]:
-    assert main(["txt2img", "-s", "3", "--seed", "1", "--dtype", "float32", "--device", "cpu", *map(str, args)]) == 0
+    flags = ["-s", "3", "--seed", "1", "--dtype", "float32", "--device", "cpu", *SMALL]
+    assert main(["txt2img", *flags, *map(str, args)]) == 0
     return [Image.open(path).tobytes() for path in capsys.readouterr().out.splitlines()]
 
 

@@ -8,10 +8,26 @@ import math
 
 import pytest
 import torch
-from conftest import TINY_UNET, relative_error
+from conftest import TINY_UNET, load_small, relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lora_files import CONV, DOWN, LINEAR, SQUARE, TEXT, assert_restored, kohya, lora, of, rand, saved, snapshot
+from lora_files import (
+    CONTEXT,
+    CONV,
+    DOWN,
+    LINEAR,
+    NARROW,
+    SQUARE,
+    TEXT,
+    WIDE,
+    assert_restored,
+    kohya,
+    lora,
+    of,
+    rand,
+    saved,
+    snapshot,
+)
 from test_pipeline import PROMPT
 
 from ldm import SD_V1, StableDiffusion
@@ -27,28 +43,28 @@ pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
-QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+QUERY = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 TEXT_LAYER = "text_model.encoder.layers.0.self_attn"
-OUT, TIME, PROJ = "middle.0.transformer.cross_attention.to_out", "down.2.time_proj", "down.0.transformer.proj_in"
-FEED, NORM = "down.0.transformer.feed_forward.proj_in", "down.2.resnet.norm1"
+OUT, TIME, PROJ = "middle.0.transformer.cross_attention.to_out", "down.2.time_proj", "down.2.transformer.proj_in"
+FEED, NORM = "down.2.transformer.feed_forward.proj_in", "down.2.resnet.norm1"
 BLOCK = "transformer_blocks_0"
 
 NAMINGS = [  # a kind of file, a key in one, the module that it changes, the tensor's part in the change
-    ("kohya", f"lora_unet_down_blocks_0_attentions_0_{BLOCK}_attn1_to_q.lora_down.weight", SQUARE, "down"),
+    ("kohya", f"lora_unet_down_blocks_1_attentions_0_{BLOCK}_attn1_to_q.lora_down.weight", SQUARE, "down"),
     ("kohya, out", f"lora_unet_mid_block_attentions_0_{BLOCK}_attn2_to_out_0.lora_up.weight", OUT, "up"),
-    ("kohya, CompVis blocks", f"lora_unet_input_blocks_1_1_{BLOCK}_attn1_to_q.lora_up.weight", SQUARE, "up"),
+    ("kohya, CompVis blocks", f"lora_unet_input_blocks_3_1_{BLOCK}_attn1_to_q.lora_up.weight", SQUARE, "up"),
     ("kohya, text", "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha", TEXT, "alpha"),
     ("kohya, text 1", "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.dora_scale", TEXT, "dora_scale"),
     ("kohya, resnet", "lora_unet_down_blocks_1_resnets_0_conv1.lora_mid.weight", CONV, "mid"),
     ("kohya, CompVis resnet", "lora_unet_input_blocks_3_0_in_layers_2.hada_w1_a", CONV, "hada_w1_a"),
     ("kohya, time", "lora_unet_down_blocks_1_resnets_0_time_emb_proj.diff_b", TIME, "diff_b"),
-    ("LyCORIS", f"lycoris_down_blocks_0_attentions_0_{BLOCK}_attn1_to_q.lokr_w1", SQUARE, "lokr_w1"),
+    ("LyCORIS", f"lycoris_down_blocks_1_attentions_0_{BLOCK}_attn1_to_q.lokr_w1", SQUARE, "lokr_w1"),
     ("kohya, CompVis time", "lora_unet_input_blocks_3_0_emb_layers_1.diff", TIME, "diff"),
     ("kohya, time mlp", "lora_unet_time_embedding_linear_1.lokr_w1", "time_mlp.0", "lokr_w1"),
     ("kohya, downsampler", "lora_unet_down_blocks_0_downsamplers_0_conv.lokr_t2", DOWN, "lokr_t2"),
     ("kohya, CompVis downsampler", "lora_unet_input_blocks_2_0_op.lora_up.weight", DOWN, "up"),
-    ("kohya, proj_in", "lora_unet_down_blocks_0_attentions_0_proj_in.alpha", PROJ, "alpha"),
-    ("kohya, feed-forward", f"lora_unet_down_blocks_0_attentions_0_{BLOCK}_ff_net_0_proj.lora_up.weight", FEED, "up"),
+    ("kohya, proj_in", "lora_unet_down_blocks_1_attentions_0_proj_in.alpha", PROJ, "alpha"),
+    ("kohya, feed-forward", f"lora_unet_down_blocks_1_attentions_0_{BLOCK}_ff_net_0_proj.lora_up.weight", FEED, "up"),
     ("kohya, norm", "lora_unet_down_blocks_1_resnets_0_norm1.w_norm", NORM, "w_norm"),
     ("diffusers, PEFT", f"unet.{QUERY}.lora_A.weight", SQUARE, "down"),
     ("diffusers, PEFT, DoRA", f"unet.{QUERY}.lora_magnitude_vector", SQUARE, "magnitude"),
@@ -68,7 +84,7 @@ NAMINGS = [  # a kind of file, a key in one, the module that it changes, the ten
         "up",
     ),
     ("diffusers, old text", f"text_encoder.{TEXT_LAYER}.to_q_lora.up.weight", TEXT, "up"),
-    ("ComfyUI", "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_up.weight", SQUARE, "up"),
+    ("ComfyUI", "diffusion_model.input_blocks.3.1.transformer_blocks.0.attn1.to_q.lora_up.weight", SQUARE, "up"),
     ("ComfyUI, text", f"text_encoders.clip_l.transformer.{TEXT_LAYER}.q_proj.lora_up.weight", TEXT, "up"),
 ]
 
@@ -148,7 +164,7 @@ def test_strengths_of_the_parts(sd, tmp_path):
 
 
 def test_bfloat16_is_rounded_once(tmp_path):
-    sd = StableDiffusion.load(device="cpu", dtype="bfloat16")
+    sd = load_small("bfloat16")
     before = snapshot(sd)
     parameter = sd.unet.get_parameter(f"{CONV}.weight")
     paths = [saved(tmp_path, lora(sd, scale=0.02), f"{name}.safetensors") for name in "ab"]
@@ -214,40 +230,40 @@ def faulty(sd):
     def at(**parts: torch.Tensor):
         return of(sd, LINEAR, **parts)
 
-    up, down = rand(64, 4), rand(4, 128)
+    up, down = rand(WIDE, 4), rand(4, CONTEXT)
     good = {"up": up, "down": down}
-    w1, w2 = rand(8, 4), rand(8, 32)
-    w2_a, w2_b = rand(8, 2), rand(2, 32)
+    w1, w2 = rand(8, 4), rand(WIDE // 8, CONTEXT // 4)
+    w2_a, w2_b = rand(WIDE // 8, 2), rand(2, CONTEXT // 4)
     sdxl = "lora_unet_input_blocks_4_1_transformer_blocks_9_attn1_to_q.lora_up.weight"
     return {
-        "width": (at(up=up, down=rand(4, 1024)), r"lora_down\.weight.*64×1024, .*64×128"),
-        "height": (at(up=rand(65, 4), down=down), r"lora_up\.weight.*65×128"),
-        "ranks": (at(up=up, down=rand(5, 128)), r"lora_down\.weight.*\[5, 128\]"),
+        "width": (at(up=up, down=rand(4, 1024)), rf"lora_down\.weight.*{WIDE}×1024, .*{WIDE}×{CONTEXT}"),
+        "height": (at(up=rand(WIDE + 1, 4), down=down), rf"lora_up\.weight.*{WIDE + 1}×{CONTEXT}"),
+        "ranks": (at(up=up, down=rand(5, CONTEXT)), rf"lora_down\.weight.*\[5, {CONTEXT}\]"),
         "no up": (at(down=down), r"lora_down\.weight.* has no up beside it"),
         "no down": (at(up=up), r"lora_up\.weight.* has no down beside it"),
         "only mid": (of(sd, CONV, mid=rand(4, 4, 3, 3)), r"lora_mid\.weight.* has no down or up beside it"),
         "only alpha": (at(alpha=torch.tensor(1.0)), r"changes nothing .* without anything to scale: 1 tensors"),
-        "only lengths": (at(dora_scale=rand(64)), r"dora_scale.* has no factors"),
+        "only lengths": (at(dora_scale=rand(WIDE)), r"dora_scale.* has no factors"),
         "endless alpha": (at(up=up, down=down, alpha=torch.tensor(1e30)), r"alpha.* should be a number"),
         "half a LoHa": (at(hada_w1_a=up, hada_w1_b=down), r"hada_w.* has no hada_w2_a or hada_w2_b"),
         "half a LoKr": (at(lokr_w1=w1, lokr_w2_a=w2_a), r"lokr_w2_a.* has no lokr_w2_b"),
-        "two changes": (at(**good, diff=rand(64, 128)), "two changes"),
+        "two changes": (at(**good, diff=rand(WIDE, CONTEXT)), "two changes"),
         "two forms": (at(lokr_w1=w1, lokr_w2=w2, lokr_w2_a=w2_a, lokr_w2_b=w2_b), "two forms"),
         "NaN": (at(up=up, down=down * math.nan), r"lora_down\.weight.* NaN or infinity"),
-        "no rank": (at(up=rand(64, 0), down=rand(0, 128)), "rank 0"),
-        "huge rank": (at(up=rand(64, 5000), down=rand(5000, 128)), "rank 5000"),
+        "no rank": (at(up=rand(WIDE, 0), down=rand(0, CONTEXT)), "rank 0"),
+        "huge rank": (at(up=rand(WIDE, 5000), down=rand(5000, CONTEXT)), "rank 5000"),
         "huge Kronecker product": (at(lokr_w1=rand(1000, 1000), lokr_w2=rand(1000, 1000)), "1000000×1000000"),
         "LoHa of two sizes": (
             at(hada_w1_a=up, hada_w1_b=down, hada_w2_a=up[:1].clone(), hada_w2_b=down + 1),
-            "64×128 and 1×128",
+            f"{WIDE}×{CONTEXT} and 1×{CONTEXT}",
         ),
         "integers": (at(up=up.long(), down=down), r"lora_up\.weight.*I64"),
         "no matrix": (at(up=torch.tensor(1.0), down=down), r"lora_up\.weight.*\[\]"),
         "alpha of two": (at(**good, alpha=rand(2)), r"alpha.* should be a number"),
         "infinite alpha": (at(**good, alpha=torch.tensor(math.inf)), "alpha"),
         "lengths": (at(**good, dora_scale=rand(7, 1)), r"dora_scale.*\[7, 1\]"),
-        "a bias where none is": (at(diff_b=rand(64)), r"diff_b.* has no bias"),
-        "a norm": (of(sd, NORM, w_norm=rand(65)), r"w_norm.*65×1"),
+        "a bias where none is": (at(diff_b=rand(WIDE)), r"diff_b.* has no bias"),
+        "a norm": (of(sd, NORM, w_norm=rand(NARROW + 1)), rf"w_norm.*{NARROW + 1}×1"),
         "twice": (
             at(up=up) | {f"unet.{QUERY.replace('attn1.to_q', 'attn2.to_k')}.lora_B.weight": up + 1},
             "spelled in two ways",
@@ -292,7 +308,7 @@ def test_files_of_nothing(sd, tmp_path, content):
     ],
 )
 def test_faulty_settings(sd, tmp_path, settings):
-    tensors = {f"unet.{QUERY}.lora_A.weight": rand(4, 64), f"unet.{QUERY}.lora_B.weight": rand(64, 4)}
+    tensors = {f"unet.{QUERY}.lora_A.weight": rand(4, WIDE), f"unet.{QUERY}.lora_B.weight": rand(WIDE, 4)}
     with pytest.raises(CheckpointError):
         sd.load_lora(saved(tmp_path, tensors, lora_adapter_metadata=settings))
 
@@ -314,7 +330,7 @@ def test_what_is_left_out_is_said_once(sd, tmp_path, caplog):
 
 
 def test_nan_on_request(sd, tmp_path):
-    parts = {"diff": torch.full((64, 64), math.nan)}
+    parts = {"diff": torch.full((WIDE, WIDE), math.nan)}
     with sd.load_lora(saved(tmp_path, of(sd, SQUARE, **parts)), allow_nonfinite=True):
         assert sd.unet.get_parameter(f"{SQUARE}.weight").isnan().all()
 
@@ -338,7 +354,7 @@ def test_names_and_strengths(sd, tmp_path):
 
 
 PARTS = sorted(set(SUFFIXES.values()))
-SIZES = st.sampled_from([0, 1, 2, 3, 8, 16, 64, 128, 576])
+SIZES = st.sampled_from([0, 1, 2, 3, 8, 12, NARROW, WIDE, CONTEXT, NARROW * 9])
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])

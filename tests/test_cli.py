@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHIPPED
+from conftest import OWN_SIZE, SHIPPED, SIDE, SMALL
 from PIL import Image
 from safetensors.torch import save_file
 from synthetic import state_dict
@@ -36,33 +37,25 @@ def make(capsys, *args: object) -> list[Path]:
     return [Path(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.quality
 def test_txt2img_script(tmp_path):
     done = run("--prompt", PROMPT, "--seed", 1, "--outdir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / '00000-1.png'}\n"
     assert "25/25" in done.stderr
-    assert_red_circle_on_blue(Image.open(tmp_path / "00000-1.png"))
+    image = Image.open(tmp_path / "00000-1.png")
+    assert image.size == tuple(OWN_SIZE.values())
+    assert_red_circle_on_blue(image)
 
 
-def test_img2img_script(tmp_path):
+def test_img2img(capsys, tmp_path):
     picture = tmp_path / "in.png"
     Image.new("RGB", (100, 64), "blue").save(picture)
-    done = run(
-        "-p",
-        PROMPT,
-        "--init-img",
-        picture,
-        "--strength",
-        0.6,
-        "--steps",
-        10,
-        "--outdir",
-        tmp_path / "o",
-        script="img2img",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "6/6" in done.stderr
-    [path] = done.stdout.splitlines()
+    flags = ["-p", PROMPT, "--init-img", picture, "--strength", 0.6, "--steps", 10, "--outdir", tmp_path / "o"]
+    assert main(["img2img", *map(str, flags)]) == 0
+    done = capsys.readouterr()
+    assert "6/6" in done.err
+    [path] = done.out.splitlines()
     assert Image.open(path).size == (96, 64)
     assert "Denoising strength: 0.6" in Image.open(path).info["parameters"]
 
@@ -101,6 +94,7 @@ def test_each_image_carries_a_request_that_makes_it_again(capsys, tmp_path, ship
         3,
         "--batch-size",
         2,
+        *SMALL,
         "--outdir",
         tmp_path,
         "--dtype",
@@ -112,7 +106,7 @@ def test_each_image_carries_a_request_that_makes_it_again(capsys, tmp_path, ship
 
 
 def test_steps_in_metadata_are_those_run(capsys, tmp_path):
-    [path] = make(capsys, "txt2img", "-p", "a", "-s", 7, "--sampler", "ddim", "--outdir", tmp_path)
+    [path] = make(capsys, "txt2img", "-p", "a", "-s", 7, "--sampler", "ddim", *SMALL, "--outdir", tmp_path)
     assert "Steps: 8," in Image.open(path).info["parameters"]
     assert read_request(path).steps == 7
 
@@ -120,11 +114,12 @@ def test_steps_in_metadata_are_those_run(capsys, tmp_path):
 def test_from_file_and_grid(capsys, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\ufeffa red circle\r\n\n  a blue\u2028star \n", encoding="utf-8")
-    paths = make(capsys, "txt2img", "--from-file", prompts, "-s", 2, "--seed", 5, "--outdir", tmp_path / "o", "--grid")
+    flags = ["-s", 2, "--seed", 5, *SMALL, "--outdir", tmp_path / "o"]
+    paths = make(capsys, "txt2img", "--from-file", prompts, *flags, "--grid")
     assert [path.name for path in paths] == ["00000-5.png", "00001-5.png", "00002-grid.png"]
     assert [read_request(path).prompt for path in paths[:2]] == ["a red circle", "a blue\u2028star"]
-    assert Image.open(paths[2]).size == (128, 64)
-    paths = make(capsys, "txt2img", "-p", "a", "-s", 2, "--seed", 5, "--outdir", tmp_path / "o")
+    assert Image.open(paths[2]).size == (2 * SIDE, SIDE)
+    paths = make(capsys, "txt2img", "-p", "a", *flags)
     assert paths[0].name == "00003-5.png"  # nothing is written over
 
 
@@ -232,17 +227,19 @@ def test_out_of_memory_is_one_line(capsys, tmp_path, monkeypatch, message):
 
 
 @pytest.mark.parametrize(("encoding", "folder"), [("ascii", "ü"), ("utf-8", b"\xff")])
-def test_paths_need_not_be_text(tmp_path, encoding, folder):
-    outdir = os.fsencode(tmp_path) + b"/" + os.fsencode(folder)
-    command = [sys.executable, str(SCRIPTS / "txt2img.py"), "-p", "a", "-s", "1", "--seed", "1", "--outdir", outdir]
-    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
-    assert done.returncode == 0, done.stderr
-    assert (Path(os.fsdecode(outdir)) / "00000-1.png").is_file()
+def test_paths_need_not_be_text(tmp_path, monkeypatch, encoding, folder):
+    outdir = os.fsdecode(tmp_path) + "/" + os.fsdecode(folder)
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding))
+    assert main(["txt2img", "-p", "a", "-s", "1", "--seed", "1", *SMALL, "--outdir", outdir]) == 0
+    sys.stdout.flush()
+    assert printed.getvalue() == os.fsencode(outdir) + b"/00000-1.png\n"
+    assert (Path(outdir) / "00000-1.png").is_file()
 
 
 def test_closed_output_is_no_traceback(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPTS / "txt2img.py"), "-p", "a", "-s", "1", "--outdir", str(tmp_path)],
+        [sys.executable, str(SCRIPTS / "txt2img.py"), "-p", "a", "-s", "1", *SMALL, "--outdir", str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     process.stdout.close()
@@ -293,20 +290,20 @@ def test_version(capsys):
 def test_previews_formats_and_no_metadata(capsys, tmp_path):
     paths = make(
         capsys, "txt2img", "-p", PROMPT, "-s", 6, "--seed", 3, "--preview-every", 2, "--format", "webp",
-        "--no-metadata", "--outdir", tmp_path,
+        "--no-metadata", *SMALL, "--outdir", tmp_path,
     )  # fmt: skip
     assert [path.name for path in paths] == [
         "00000-3-step002.png", "00001-3-step004.png", "00002-3-step006.png", "00003-3.webp",
     ]  # fmt: skip
-    assert [Image.open(path).size for path in paths] == [(64, 64)] * 4
+    assert [Image.open(path).size for path in paths] == [(SIDE, SIDE)] * 4
     assert Image.open(paths[3]).format == "WEBP"
     with pytest.raises(ImageError):
         read_request(paths[3])
 
 
 def test_painting_under_a_mask(capsys, tmp_path):
-    [start] = make(capsys, "txt2img", "-p", PROMPT, "-s", 6, "--seed", 3, "--outdir", tmp_path)
-    mask = Image.new("L", (64, 64))
+    [start] = make(capsys, "txt2img", "-p", PROMPT, "-s", 6, "--seed", 3, *SMALL, "--outdir", tmp_path)
+    mask = Image.new("L", (SIDE, SIDE))
     mask.paste(255, (0, 0, 32, 32))
     mask.save(tmp_path / "mask.png")
     flags = ["-p", "a green star", "-s", 4, "--seed", 1, "--mask-blur", 0, "--outpaint-right", 16, "--outdir", tmp_path]

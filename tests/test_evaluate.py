@@ -143,7 +143,7 @@ def test_vae_fidelity_is_that_of_the_formulas(shipped):
 @pytest.fixture
 def clip_folder(tmp_path, shipped) -> Path:
     """A tiny CLIP model with random weights and the shipped model's tokenizer."""
-    torch.manual_seed(0)
+    torch.manual_seed(8)  # cosines on both sides of 0
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     vocabulary = len(shipped.text.tokenizer)
     text = {**size, "vocab_size": vocabulary, "eos_token_id": shipped.text.tokenizer.eos_token_id}
@@ -175,7 +175,7 @@ def test_clip_score_is_the_mean_cosine(clip_folder, folder):
         read = model.text_projection(model.text_model(inputs["input_ids"]).pooler_output)
         a, b = (features[0].double().numpy() for features in (seen, read))
         cosines.append(a @ b / np.sqrt((a @ a) * (b @ b)))
-    assert max(cosines) > 0.01
+    assert min(cosines) < -0.01 and max(cosines) > 0.01
     told = clip_score(examples, clip_folder, torch.device("cpu"))
     assert told == pytest.approx(100 * np.maximum(cosines, 0).mean(), rel=1e-4)
 

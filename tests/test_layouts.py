@@ -8,23 +8,26 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED
+from conftest import SHIPPED, SHIPPED_TEXT
 from safetensors.torch import load_file, save_file
 from synthetic import hollow_file, shapes
 from torch import Tensor
 
-from ldm import ScheduleConfig, StableDiffusion, UNetConfig
+from ldm import ScheduleConfig, StableDiffusion, UNetConfig, VAEConfig
 from ldm.checkpoint import load_model, load_text, load_unet, load_vae
 from ldm.checkpoint.files import open_tensors
 from ldm.checkpoint.layouts import LABELS, NAMES, read_layout
 from ldm.checkpoint.sources import Choices, open_checkpoint
 from ldm.errors import CheckpointError, RequestError
+from ldm.models import unet, vae
 
 Tensors = dict[str, Tensor]
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
@@ -40,29 +43,47 @@ def weights(shipped) -> dict[str, Tensors]:
     }
 
 
+def spell(weights: dict[str, Tensors], config, name: str, spelling: str, prefix: str = "") -> Tensors:
+    """A network's tensors in a spelling, after a prefix, in the shapes that real files have."""
+    tensors = {}
+    for row in NAMES[name](getattr(config, name)):
+        for ours, theirs in zip(row.keys("ours"), row.keys(spelling), strict=True):
+            tensor = weights[name][ours]
+            if ".proj_in.weight" in ours or ".proj_out.weight" in ours:
+                tensor = tensor[:, :, None, None] if "feed_forward" not in ours else tensor
+            elif name == "vae" and tensor.ndim == 2 and spelling == "compvis":
+                tensor = tensor[:, :, None, None]
+            tensors[prefix + theirs] = tensor
+    return tensors
+
+
 @pytest.fixture(scope="module")
 def spelled(weights, shipped) -> Callable[[str, str, str], Tensors]:
-    """A network's tensors in a spelling, after a prefix, in the shapes that real files have."""
+    return partial(spell, weights, shipped.config)
 
-    def spell(name: str, spelling: str, prefix: str = "") -> Tensors:
-        tensors = {}
-        for row in NAMES[name](getattr(shipped.config, name)):
-            for ours, theirs in zip(row.keys("ours"), row.keys(spelling), strict=True):
-                tensor = weights[name][ours]
-                if ".proj_in.weight" in ours or ".proj_out.weight" in ours:
-                    tensor = tensor[:, :, None, None] if "feed_forward" not in ours else tensor
-                elif name == "vae" and tensor.ndim == 2 and spelling == "compvis":
-                    tensor = tensor[:, :, None, None]
-                tensors[prefix + theirs] = tensor
-        return tensors
 
-    return spell
+def in_one_file(spelled: Callable[[str, str, str], Tensors]) -> Tensors:
+    return spelled("unet", "compvis", UNET) | spelled("vae", "compvis", VAE) | spelled("text", "compvis", TEXT)
 
 
 @pytest.fixture(scope="module")
 def whole(spelled) -> Tensors:
     """The shipped model as a single file in CompVis's names."""
-    return spelled("unet", "compvis", UNET) | spelled("vae", "compvis", VAE) | spelled("text", "compvis", TEXT)
+    return in_one_file(spelled)
+
+
+@pytest.fixture(scope="module")
+def plain(weights, shipped) -> Tensors:
+    """A small model with SD v1's norm groups, so that shapes tell all of it, as a single file in CompVis's names."""
+    config = replace(
+        shipped.config,
+        unet=UNetConfig(
+            channels=32, channel_mult=(1, 2), blocks_per_level=1, attention_levels=(1,), context_dim=SHIPPED_TEXT.width
+        ),
+        vae=VAEConfig(channels=32, channel_mult=(1, 1), blocks_per_level=1),
+    )
+    networks = {"unet": unet.UNet(config.unet).state_dict(), "vae": vae.VAE(config.vae).state_dict()}
+    return in_one_file(partial(spell, weights | networks, config))
 
 
 def rename(tensors: Tensors, changes: dict[str, str]) -> Tensors:
@@ -105,15 +126,17 @@ def deep_attention(tensors: Tensors) -> Tensors:
     return {key: t[..., None, None] if linear in key and t.ndim == 2 else t for key, t in tensors.items()}
 
 
+POSITIONS = torch.arange(SHIPPED_TEXT.max_length)[None]
+
 # Files of all three networks, made from (the whole in CompVis's names, a function that spells).
 WHOLE: dict[str, Callable[[Tensors, Callable], Tensors]] = {
     "CompVis": lambda whole, spell: whole,
     "CompVis, no text_model level": lambda whole, spell: rename(whole, {TEXT: "cond_stage_model.transformer."}),
     "CompVis, with schedule buffers": lambda whole, spell: whole | BUFFERS,
-    "CompVis, position ids in int64": lambda whole, spell: whole | {IDS: torch.arange(77)[None]},
-    "CompVis, position ids in float16": lambda whole, spell: whole | {IDS: torch.arange(77)[None].half()},
-    "CompVis, position ids averaged": lambda whole, spell: whole | {IDS: torch.arange(77)[None] * 0.3},
-    "CompVis, position ids in int32, flat": lambda whole, spell: whole | {IDS: torch.arange(77).int()},
+    "CompVis, position ids in int64": lambda whole, spell: whole | {IDS: POSITIONS},
+    "CompVis, position ids in float16": lambda whole, spell: whole | {IDS: POSITIONS.half()},
+    "CompVis, position ids averaged": lambda whole, spell: whole | {IDS: POSITIONS * 0.3},
+    "CompVis, position ids in int32, flat": lambda whole, spell: whole | {IDS: POSITIONS[0].int()},
     "CompVis, with EMA weights": lambda whole, spell: whole | ema_of(whole),
     "CompVis, with a VAE's training loss": lambda whole, spell: whole | {VAE + "loss.logvar": torch.zeros(())},
     "CompVis, with keys of no use": lambda whole, spell: whole | {"lora_unet_x.alpha": torch.zeros(1)},
@@ -148,7 +171,7 @@ def config(shipped):
 
 @pytest.fixture
 def clip_tokens(monkeypatch, shipped):
-    """Single files carry no tokenizer: the shipped model's 606 tokens take CLIP's place."""
+    """Single files carry no tokenizer: the shipped model's tokens take CLIP's place."""
     tokenizer = json.loads((SHIPPED / "tokenizer" / "vocab.json").read_text())
     lines = (SHIPPED / "tokenizer" / "merges.txt").read_text().split("\n")[1:]
     tables = tokenizer, [tuple(line.split()) for line in lines if line]
@@ -162,7 +185,7 @@ def assert_is_the_shipped_model(model, weights: dict[str, Tensors], via: torch.d
         for key, tensor in weights[name].items():
             assert torch.equal(state[key], tensor.to(via).float()), key
     ids = model.text.transformer.embeddings.position_ids
-    assert torch.equal(ids, torch.arange(77)[None])
+    assert torch.equal(ids, POSITIONS)
 
 
 @pytest.mark.parametrize("layout", WHOLE)
@@ -323,7 +346,7 @@ def test_what_a_file_lacks_comes_from_another(absent, given, whole, weights, con
     save_file({key: tensor for key, tensor in whole.items() if not key.startswith(absent)}, path)
     flag = given.replace("_", "-")
     with pytest.raises(CheckpointError, match=rf"holds no .* \(found: .*\); give one with --{flag} FILE"):
-        load_model(path)
+        load_model(path, config)
     choices = {"text_encoder": SHIPPED / "text_encoder"} | {given: SHIPPED / given}
     assert_is_the_shipped_model(load_model(path, config, Choices(**choices)), weights)
 
@@ -374,10 +397,10 @@ TOLD = [  # keys, metadata, YAML, choices → prediction type, zero-terminal SNR
 
 @pytest.mark.parametrize(("keys", "metadata", "yaml", "choices", "prediction_type", "zero_snr", "reason"), TOLD)
 def test_prediction_types(
-    keys, metadata, yaml, choices, prediction_type, zero_snr, reason, tmp_path, caplog, clip_tokens, whole
+    keys, metadata, yaml, choices, prediction_type, zero_snr, reason, tmp_path, caplog, clip_tokens, plain
 ):
     path = tmp_path / "m.safetensors"
-    save_file(whole | {key: torch.zeros(0) for key in keys}, path, metadata=metadata)
+    save_file(plain | {key: torch.zeros(0) for key in keys}, path, metadata=metadata)
     if yaml:
         (tmp_path / "m.yaml").write_text(yaml)
     with caplog.at_level("INFO", logger="ldm"):
@@ -389,11 +412,11 @@ def test_prediction_types(
         assert (config.unet.heads, config.vae.scale_factor) == (4, 0.25)
 
 
-def test_faults_of_what_is_told(whole, tmp_path, clip_tokens):
+def test_faults_of_what_is_told(plain, tmp_path, clip_tokens):
     path = tmp_path / "m.safetensors"
     with pytest.raises(RequestError, match=r"prediction_type is 'x0': use one of epsilon, v_prediction"):
         Choices(prediction_type="x0")
-    save_file(whole, path, metadata={"modelspec.prediction_type": "flow"})
+    save_file(plain, path, metadata={"modelspec.prediction_type": "flow"})
     with pytest.raises(
         CheckpointError, match=r"modelspec\.prediction_type is 'flow'; only epsilon, v_prediction, sample"
     ):
@@ -405,12 +428,12 @@ def test_faults_of_what_is_told(whole, tmp_path, clip_tokens):
         '{"unet": {"block_out_channels": 4}}': "block_out_channels is 4",
         '{"scheduler": {"beta_start": -1}}': "beta_start is -1",
     }.items():
-        save_file(whole, path, metadata={"ldm.config": told})
+        save_file(plain, path, metadata={"ldm.config": told})
         with pytest.raises(CheckpointError, match=re.escape(expected)):
             load_model(path)
-    save_file(whole, path, metadata={"ldm.config": '{"of another program": {}}'})
+    save_file(plain, path, metadata={"ldm.config": '{"of another program": {}}'})
     load_model(path)
-    save_file(whole, path)
+    save_file(plain, path)
     with pytest.raises(CheckpointError, match="zero-terminal SNR needs v_prediction"):
         load_model(path, choices=Choices(zero_terminal_snr=True))
     for yaml, expected in {
@@ -501,9 +524,9 @@ def test_a_folder_in_the_hubs_cache(tmp_path, weights):
 @pytest.mark.parametrize("given", ["unet", "unet/diffusion_pytorch_model.safetensors"])
 def test_the_unet_of_a_folder_keeps_its_schedule(given, folder):
     path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction", "beta_end": 0.02}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample", "beta_end": 0.02}))
     checkpoint = open_checkpoint(folder / given)
-    assert (checkpoint.schedule.prediction_type, checkpoint.schedule.beta_end) == ("v_prediction", 0.02)
+    assert (checkpoint.schedule.prediction_type, checkpoint.schedule.beta_end) == ("sample", 0.02)
     assert checkpoint.prediction_reason == "scheduler_config.json"
 
 
@@ -525,8 +548,8 @@ def test_ema_weights_are_not_in_a_folder(folder):
 
 def test_load_takes_every_choice(folder, weights):
     sd = StableDiffusion.load(
-        folder, vae=folder / "vae", text_encoder=folder / "text_encoder", prediction_type="v_prediction",
+        folder, vae=folder / "vae", text_encoder=folder / "text_encoder", prediction_type="sample",
         zero_terminal_snr=True, device="cpu", dtype="float32",
     )  # fmt: skip
     assert_is_the_shipped_model(sd, weights)
-    assert sd.config.schedule == ScheduleConfig(prediction_type="v_prediction", zero_terminal_snr=True)
+    assert sd.config.schedule == ScheduleConfig(prediction_type="sample", zero_terminal_snr=True)

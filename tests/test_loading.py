@@ -14,7 +14,7 @@ from conftest import SHIPPED, TINY_UNET, relative_error
 from safetensors.torch import load_file, save_file
 from synthetic import hollow_file, shapes, state_dict
 
-from ldm import ModelConfig, StableDiffusion, TextConfig, UNetConfig, VAEConfig
+from ldm import ModelConfig, ScheduleConfig, StableDiffusion, TextConfig, UNetConfig, VAEConfig
 from ldm.checkpoint import load_model, load_text, load_unet, load_vae
 from ldm.checkpoint.names import text_names, unet_names, vae_names
 from ldm.checkpoint.sources import Choices, open_checkpoint
@@ -162,7 +162,7 @@ def test_vae_files(shipped, shipped_as_compvis, tmp_path, spelled):
 
 def test_diffusers_vae_file_alone_is_known_by_its_shapes(tmp_path, shipped):
     path = shutil.copy(SHIPPED / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "anything")
-    vae = load_vae(path, shipped.config.vae)  # shapes do not tell its 16 groups
+    vae = load_vae(path, shipped.config.vae)  # shapes do not tell its 8 groups
     assert same_weights(vae, shipped.vae)
 
 
@@ -222,10 +222,10 @@ def test_fp16_variant_folder(tmp_path, shipped):
 def test_scheduler_config_is_honoured(tmp_path):
     folder = shutil.copytree(SHIPPED, tmp_path / "model")
     file = folder / "scheduler" / "scheduler_config.json"
-    settings = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "num_train_timesteps": 500}
+    settings = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample", "num_train_timesteps": 500}
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     schedule = load_model(folder).config.schedule
-    assert (schedule.beta_schedule, schedule.prediction_type, schedule.timesteps) == ("cosine", "v_prediction", 500)
+    assert (schedule.beta_schedule, schedule.prediction_type, schedule.timesteps) == ("cosine", "sample", 500)
     file.write_text(json.dumps(settings | {"rescale_betas_zero_snr": True}))
     assert load_model(folder).config.schedule.zero_terminal_snr
     file.write_text(json.dumps(settings | {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}))
@@ -247,9 +247,10 @@ def test_heads_are_sd_v1s_unless_told(tiny_path, golden):
     assert relative_error(wrong, golden["unet.eps"]) > 1e-2  # eight heads instead of four
 
 
-def test_a_given_config_takes_the_place_of_detection(tmp_path, shipped):
+def test_a_given_config_takes_the_place_of_detection(tmp_path, shipped, tiny_path):
+    assert load_unet(tiny_path).config == replace(TINY_UNET, heads=8)  # which leave no trace in shapes
+    assert load_unet(tiny_path, TINY_UNET).config == TINY_UNET
     path = shutil.copy(SHIPPED / "unet" / "diffusion_pytorch_model.safetensors", tmp_path)
-    assert load_unet(path).config == replace(shipped.config.unet, heads=8)  # which leave no trace in shapes
     assert same_weights(load_unet(path, shipped.config.unet), shipped.unet)
     odd = UNetConfig(channels=48, channel_mult=(1, 2), attention_levels=(0,), heads=4, context_dim=8, norm_groups=16)
     unet = UNet(odd)
@@ -428,7 +429,7 @@ def test_configs_that_are_not_ours(tmp_path, file, change, expected):
         ("vae", "holds no VAE"),
         ("model_index.json", "without model_index.json"),
         ("scheduler", "scheduler_config.json is missing"),
-        ("tokenizer", "knows 606 tokens, the tokenizer 49408"),
+        ("tokenizer", "knows 678 tokens, the tokenizer 49408"),
         ("unet/diffusion_pytorch_model.safetensors", "no weights found"),
     ],
 )
@@ -495,9 +496,16 @@ def test_model_config_is_the_files_own():
     sd = StableDiffusion.load(SHIPPED, device="cpu", dtype="float32")
     assert sd.config == ModelConfig(
         unet=UNetConfig(
-            channels=64, channel_mult=(1, 2, 3), blocks_per_level=1, attention_levels=(0, 1), heads=4, context_dim=128
+            channels=48,
+            channel_mult=(1, 2, 4),
+            blocks_per_level=1,
+            attention_levels=(1, 2),
+            heads=4,
+            context_dim=128,
+            norm_groups=16,
         ),
-        vae=VAEConfig(channels=32, blocks_per_level=1, scale_factor=0.4165126869764612, norm_groups=16),
-        text=TextConfig(vocab_size=606, width=128, layers=3, heads=4, mlp_width=512),
-        image_size=64,
+        vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), blocks_per_level=1, scale_factor=0.35766, norm_groups=8),
+        text=TextConfig(vocab_size=678, width=128, layers=3, heads=4, mlp_width=512, max_length=32),
+        schedule=ScheduleConfig(prediction_type="v_prediction"),
+        image_size=128,
     )

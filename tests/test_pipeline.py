@@ -1,4 +1,4 @@
-"""The whole way of a prompt, on the shipped model: judged by pixels and by the noise it starts from."""
+"""The whole way of a prompt, on the shipped model: by the noise it starts from, and by its pixels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED, assert_parity, relative_error
+from conftest import OWN_SIZE, SHIPPED, SIDE, assert_parity, load_small, relative_error
 from PIL import Image
 from torch import nn
 
@@ -42,24 +42,27 @@ def assert_red_circle_on_blue(image: Image.Image) -> None:
     red, blue = is_red(image), is_blue(image)
     rows, columns = np.nonzero(red)
     height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
-    assert red.sum() > 500  # large
+    assert red.mean() > 0.12  # large
     assert 0.85 < width / height < 1.18  # round: as wide as high,
     assert red.sum() / (width * height) == pytest.approx(np.pi / 4, abs=0.08)  # and filling its box as a disc does
     assert (red | blue)[:, [0, -1]].all()
-    outside = (np.arange(64)[:, None] - rows.mean()) ** 2 + (np.arange(64) - columns.mean()) ** 2 > (width / 2 + 4) ** 2
+    y, x = np.indices(red.shape)
+    outside = (y - rows.mean()) ** 2 + (x - columns.mean()) ** 2 > (width / 2 + red.shape[1] / 16) ** 2
     assert blue[outside].mean() > 0.98  # the rest is blue
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 25), ("plms", 50), ("ddpm", 100)])
+@pytest.mark.quality
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 25), ("plms", 50), ("ddpm", 50)])
 def test_a_red_circle_is_drawn(shipped, sampler, steps):
-    [image] = shipped.txt2img(PROMPT, seed=1, sampler=sampler, steps=steps)
-    assert image.size == (64, 64)
+    [image] = shipped.txt2img(PROMPT, seed=1, sampler=sampler, steps=steps, **OWN_SIZE)
+    assert image.size == (128, 128)
     assert_red_circle_on_blue(image)
 
 
+@pytest.mark.quality
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_red_circle_is_drawn_in_half_precision(dtype):
-    [image] = StableDiffusion.load(device="cpu", dtype=dtype).txt2img(PROMPT, seed=1)
+    [image] = StableDiffusion.load(device="cpu", dtype=dtype).txt2img(PROMPT, seed=1, **OWN_SIZE)
     assert_red_circle_on_blue(image)
 
 
@@ -117,11 +120,11 @@ def test_the_same_request_gives_the_same_bytes(shipped):
 
 def test_resolved_requests_leave_nothing_open(shipped):
     request = shipped.resolve(Request(prompt="a"))
-    assert (request.width, request.height) == (64, 64)
+    assert (request.width, request.height) == (SIDE, SIDE)
     assert request.seed is not None
     assert shipped.resolve(request) == request
     assert shipped.resolve(Request(prompt="a", width=128)).width == 128
-    assert shipped.resolve(Request(prompt="a", width=128)).height == 64
+    assert shipped.resolve(Request(prompt="a", width=128)).height == SIDE
     with pytest.raises(RequestError, match="steps is 600: this model has 500 at most"):
         few = replace(shipped.config.schedule, timesteps=500)
         replace(shipped, config=replace(shipped.config, schedule=few)).resolve(Request("a", steps=600))
@@ -289,7 +292,9 @@ def test_img2img_keeps_more_at_lower_strength(shipped, circle):
     assert changes[0] < changes[1] < changes[2]
 
 
-def test_img2img_recolours(shipped, circle):
+@pytest.mark.quality
+def test_img2img_recolours(shipped):
+    circle = shipped.txt2img(PROMPT, seed=1, **OWN_SIZE)[0]
     [image] = shipped.img2img("a large red circle on a green background", circle, strength=0.9, seed=0)
     assert is_blue(image).mean() < 0.05
     assert is_red(image).mean() > 0.1
@@ -326,7 +331,7 @@ class Overflowing(nn.Module):
 
 
 def test_black_images_are_made_again_in_float32(shipped, caplog):
-    half = StableDiffusion.load(device="cpu", dtype="bfloat16")
+    half = load_small("bfloat16")
     overflowing = replace(half, vae=Overflowing(half.vae))
     red = Image.new("RGB", (64, 64), "red")
     with caplog.at_level(logging.WARNING):

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SHIPPED
+from conftest import SHIPPED, SIDE, SMALL
 from lora_files import lora, saved
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -43,7 +43,7 @@ def difference(one: Path, other: Path) -> int:
 
 @pytest.mark.parametrize("fields", [("--sampler", "ddim"), ("--sampler", "euler_a"), ("--sampler", "ddim", "--eta", 1)])
 def test_a_picture_is_made_again_to_the_bit(capsys, tmp_path, fields):
-    first = ("-p", "a red circle", "-n", "blue", "-s", 3, "--seed", 5, "--outdir", tmp_path / "a")
+    first = ("-p", "a red circle", "-n", "blue", "-s", 3, "--seed", 5, *SMALL, "--outdir", tmp_path / "a")
     [path] = make(capsys, "txt2img", *first, *fields, *EXACT)
     [again] = make(capsys, "regenerate", path, "--outdir", tmp_path / "b", *EXACT)
     assert again.parent == tmp_path / "b"
@@ -51,7 +51,7 @@ def test_a_picture_is_made_again_to_the_bit(capsys, tmp_path, fields):
 
 
 def test_each_picture_of_a_batch_is_made_again_alone(capsys, tmp_path):
-    first = ("-p", "a red circle", "-s", 4, "--sampler", "euler_a", "--seed", 5, "--batch-size", 2)
+    first = ("-p", "a red circle", "-s", 4, "--sampler", "euler_a", "--seed", 5, "--batch-size", 2, *SMALL)
     paths = make(capsys, "txt2img", *first, "--outdir", tmp_path / "a", *EXACT)
     assert difference(*paths) > 1
     for path in paths:
@@ -93,7 +93,7 @@ def test_a_mask_that_is_missing_is_told(capsys, tmp_path):
 
 def test_another_model_is_told(capsys, tmp_path, caplog):
     path = tmp_path / "i.png"
-    request = Request("a", steps=1, sampler="ddim", seed=1)
+    request = Request("a", steps=1, sampler="ddim", seed=1, width=SIDE, height=SIDE)
     metadata.save_image(path, Image.new("RGB", (64, 64)), request, 1, "other", vae="better")
     make(capsys, "regenerate", path, "--outdir", tmp_path / "b", *EXACT)
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
@@ -141,7 +141,7 @@ def test_a_picture_without_a_request_is_refused_before_anything_slow(capsys, tmp
 def test_the_strength_in_the_picture_counts(sd, tmp_path, capsys, caplog):
     """Not that of a --lora, which only tells where the file is."""
     ink, flags = saved(tmp_path, lora(sd), "ink.safetensors"), [*EXACT, "--outdir", tmp_path]
-    [path] = make(capsys, "txt2img", "-p", PROMPT, "-s", 3, "--seed", 1, "--lora", f"{ink}:0.5", *flags)
+    [path] = make(capsys, "txt2img", "-p", PROMPT, "-s", 3, "--seed", 1, *SMALL, "--lora", f"{ink}:0.5", *flags)
     [again] = make(capsys, "regenerate", path, "--lora", f"{ink}:1", *flags)
     assert "names ink at 0.5, which counts" in caplog.text
     assert Image.open(again).tobytes() == Image.open(path).tobytes()

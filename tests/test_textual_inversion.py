@@ -7,17 +7,18 @@ import math
 import diffusers
 import pytest
 import torch
-from conftest import SHIPPED, assert_parity
+from conftest import SHIPPED, SHIPPED_TEXT, SMALL, assert_parity, load_small
 from lora_files import assert_restored, rand, saved, snapshot
 from PIL import Image
 from test_pipeline import PROMPT
 from torch import Tensor, nn
 
-from ldm import StableDiffusion
 from ldm.cli import main
 from ldm.errors import CheckpointError, RequestError
 
-WIDTH, VOCABULARY = 128, 606  # of the shipped model
+WIDTH, VOCABULARY, ROOM = SHIPPED_TEXT.width, SHIPPED_TEXT.vocab_size, SHIPPED_TEXT.max_length - 2
+START, END = VOCABULARY - 2, VOCABULARY - 1
+A = 320  # the token of that word
 
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
@@ -64,7 +65,7 @@ def test_every_layout(sd, tmp_path, layout, caplog):
         assert handle.name == triggers[0]
         assert list(sd.text.triggers) == triggers
         for trigger in triggers:
-            assert sd.text.tokenize(f"a {trigger}")[0, :6].tolist() == [604, 320, 606, 607, 605, 605]
+            assert sd.text.tokenize(f"a {trigger}")[0, :6].tolist() == [START, A, VOCABULARY, VOCABULARY + 1, END, END]
         assert torch.equal(table(sd)[VOCABULARY:], vectors)
     assert ("clip_g" in caplog.text) == (layout == "SDXL")
 
@@ -141,8 +142,8 @@ def test_other_prompts_stay_as_they_were(sd, tmp_path):
 
 def test_a_cut_prompt_names_the_words_it_lost(sd, tmp_path, caplog):
     with sd.load_embedding(saved(tmp_path, {"emb_params": rand(3, WIDTH)}, "x-y.safetensors")):
-        ids = sd.text.tokenize("a " * 74 + "x-y star")
-        assert ids[0, 74:].tolist() == [320, VOCABULARY, 605]
+        ids = sd.text.tokenize("a " * (ROOM - 1) + "x-y star")
+        assert ids[0, ROOM - 1 :].tolist() == [A, VOCABULARY, END]
         assert "'star'" in caplog.text
 
 
@@ -172,7 +173,7 @@ def test_states_equal_diffusers(sd, tmp_path):
     pipeline.load_textual_inversion(path)
     prompt = "a large <blob> on a blue background"
     prompts = pipeline.maybe_convert_prompt([prompt], pipeline.tokenizer)
-    ids = pipeline.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    ids = pipeline.tokenizer(prompts, padding="max_length", max_length=ROOM + 2, return_tensors="pt").input_ids
     with sd.load_embedding(path):
         assert torch.equal(sd.text.tokenize(prompt), ids)
         states = pipeline.text_encoder(ids).last_hidden_state
@@ -180,7 +181,7 @@ def test_states_equal_diffusers(sd, tmp_path):
 
 
 def test_with_a_bfloat16_model(tmp_path):
-    sd = StableDiffusion.load(device="cpu", dtype="bfloat16")
+    sd = load_small("bfloat16")
     before = snapshot(sd)
     with sd.load_embedding(saved(tmp_path, {"emb_params": rand(2, WIDTH)}, "x-y.safetensors")):
         assert table(sd).dtype == torch.bfloat16
@@ -194,13 +195,16 @@ def touched(path):
 
 
 FAULTY = {
-    "width": (lambda f: saved(f, {"emb_params": rand(2, 768)}), "its vectors have 768 numbers, this model's 128"),
-    "many": (lambda f: saved(f, {"emb_params": rand(76, WIDTH)}), "has 76 vectors; a prompt has room for 75"),
+    "width": (lambda f: saved(f, {"emb_params": rand(2, 768)}), f"its vectors have 768 numbers, this model's {WIDTH}"),
+    "many": (
+        lambda f: saved(f, {"emb_params": rand(ROOM + 1, WIDTH)}),
+        f"{ROOM + 1} vectors; a prompt has room for {ROOM}",
+    ),
     "LoRA": (lambda f: saved(f, {"lora_unet_x.lora_up.weight": rand(2, WIDTH), "b": rand(1)}), "this is a LoRA"),
     "NaN": (lambda f: saved(f, {"emb_params": rand(2, WIDTH) * math.nan}), "emb_params holds NaN"),
-    "none": (lambda f: saved(f, {"emb_params": rand(0, WIDTH)}), r"F32\[0, 128\]"),
-    "integers": (lambda f: saved(f, {"emb_params": rand(2, WIDTH).long()}), r"I64\[2, 128\]"),
-    "axes": (lambda f: saved(f, {"emb_params": rand(1, 2, WIDTH)}), r"F32\[1, 2, 128\]"),
+    "none": (lambda f: saved(f, {"emb_params": rand(0, WIDTH)}), rf"F32\[0, {WIDTH}\]"),
+    "integers": (lambda f: saved(f, {"emb_params": rand(2, WIDTH).long()}), rf"I64\[2, {WIDTH}\]"),
+    "axes": (lambda f: saved(f, {"emb_params": rand(1, 2, WIDTH)}), rf"F32\[1, 2, {WIDTH}\]"),
     "a model": (lambda f: saved(f, {"a": rand(WIDTH), "b": rand(WIDTH)}), r"holds 2 tensors \(a, b\)"),
     "no dictionary": (lambda f: pickled(f, [rand(WIDTH)], "x.pt"), "holds no embedding"),
     "no tensors": (lambda f: pickled(f, {"a": 1}, "x.pt"), r"holds none; an embedding has one"),
@@ -228,7 +232,7 @@ def test_nan_on_request(sd, tmp_path):
 
 def test_command_line(sd, tmp_path, capsys):
     path = saved(tmp_path, {"emb_params": rand(2, WIDTH)}, "my-style.safetensors")
-    flags = ["-s", "3", "--seed", "1", "--dtype", "float32", "--device", "cpu", "--outdir", str(tmp_path / "o")]
+    flags = ["-s", "3", "--seed", "1", "--dtype", "float32", "--device", "cpu", *SMALL, "--outdir", str(tmp_path / "o")]
     assert main(["txt2img", "-p", f"{PROMPT}, my-style", "--embedding", str(path), *flags]) == 0
     assert main(["txt2img", "-p", f"{PROMPT}, my-style", *flags]) == 0
     drawn, plain = (Image.open(file).tobytes() for file in capsys.readouterr().out.splitlines())

@@ -1,4 +1,4 @@
-"""Where the tokens of a prompt go: the text encoder takes 75 at once, longer prompts several times as many."""
+"""Where the tokens of a prompt go: the text encoder takes 75 at once in SD v1, longer prompts several times as many."""
 
 from __future__ import annotations
 
