@@ -101,7 +101,7 @@ def test_the_known_part_of_latents_ends_at_its_own_value(shipped, picture, sampl
         latents = stop.value
     known = shipped.encode(picture)
     assert relative_error(latents[..., 4:, :], known[..., 4:, :]) < 1e-5
-    assert relative_error(latents[..., :4, :4], known[..., :4, :4]) > 0.1
+    assert relative_error(latents[..., :4, :4], known[..., :4, :4]) > 0.01  # painted, not put back
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "unipc", "euler_a", "lms", "restart"])
