@@ -91,7 +91,7 @@ def test_odd_sizes_are_kept(shipped, picture):
 
 @pytest.mark.parametrize("sampler", samplers.NAMES)
 def test_the_known_part_of_latents_ends_at_its_own_value(shipped, picture, sampler):
-    request = Request("a green star", seed=3, steps=10, strength=1.0, sampler=sampler, mask_blur=0)
+    request = Request("a green star on a red background", seed=3, steps=10, strength=1.0, sampler=sampler, mask_blur=0)
     request, fitted = shipped._prepare(request, picture, rectangle(picture.size, CORNER))
     walk = shipped._walk(request, fitted)
     try:
@@ -101,7 +101,7 @@ def test_the_known_part_of_latents_ends_at_its_own_value(shipped, picture, sampl
         latents = stop.value
     known = shipped.encode(picture)
     assert relative_error(latents[..., 4:, :], known[..., 4:, :]) < 1e-5
-    assert relative_error(latents[..., :4, :4], known[..., :4, :4]) > 0.01  # painted, not put back
+    assert relative_error(latents[..., :4, :4], known[..., :4, :4]) > 0.1
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "unipc", "euler_a", "lms", "restart"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train_runs import DIFFUSION, TUNE, VAE, losses, make_model, read
+from train_runs import DIFFUSION, TUNE, TUNE_VAE, VAE, losses, make_model, read
 
 from ldm import StableDiffusion
 from ldm.checkpoint import load_text, load_unet, load_vae
@@ -95,9 +95,8 @@ def test_vae(changes, tmp_path):
 
 
 def test_a_decoder_alone(model, tmp_path):
-    text = re.sub(r"\[networks\].*?(?=\[data\])", "", VAE, flags=re.DOTALL)
     before, after, target = losses_around(
-        read(tmp_path, text, f"model={model}", "loop.steps=120", *LONG[1:3], "vae.decoder_only=true")
+        read(tmp_path, TUNE_VAE, f"model={model}", "loop.steps=120", *LONG[1:3], "vae.decoder_only=true")
     )
     assert after < 0.98 * before
     old, new = (load_vae(path).state_dict() for path in (model, target))
@@ -316,8 +315,7 @@ def test_an_autoencoder_reads_no_captions(tmp_path):
 
 def test_an_autoencoder_of_other_latents(tmp_path):
     trained = run(read(tmp_path, VAE, "networks.vae.latent_channels=8", "networks.unet.out_channels=8"))
-    text = re.sub(r"\[networks\].*?(?=\[data\])", "", VAE, flags=re.DOTALL)
-    again = run(read(tmp_path, text, f"model={trained}", "folder=again"))
+    again = run(read(tmp_path, TUNE_VAE, f"model={trained}", "folder=again"))
     assert load_vae(again).config.latent_channels == 8
     with pytest.raises(
         RequestError, match=r"networks do not fit .*: the U-Net makes 4 latent channels, the VAE reads 8"

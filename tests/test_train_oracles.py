@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageOps
 from torch import Tensor
-from train_runs import TUNE, VAE, make_model, read
+from train_runs import TUNE, TUNE_VAE, VAE, make_model, read
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldm.train.data import Examples, open_examples
@@ -155,9 +154,8 @@ def test_cuts_and_mirrors(kind, model, tmp_path):
 
 
 def test_loss_of_the_autoencoder(model, theirs, tmp_path):
-    text = re.sub(r"\[networks\].*?(?=\[data\])", "", VAE, flags=re.DOTALL)
     task, feed, examples = start(
-        tmp_path, text, f"model={model}", "data.count=8", "vae.l1=0.5", "vae.l2=2", "vae.kl=0.01"
+        tmp_path, TUNE_VAE, f"model={model}", "data.count=8", "vae.l1=0.5", "vae.l2=2", "vae.kl=0.01"
     )
     [batch] = feed[0]
     assert torch.equal(batch["image"], torch.stack([pixels(examples[number].image) for number in feed.batches[0]]))

@@ -83,7 +83,7 @@ steps = 2
 """
 
 # A model to start from has networks of its own.
-TUNE = re.sub(r"\[networks\].*?(?=\[data\])", "", DIFFUSION, flags=re.DOTALL)
+TUNE, TUNE_VAE = (re.sub(r"\[networks\].*?(?=\[data\])", "", text, flags=re.DOTALL) for text in (DIFFUSION, VAE))
 
 
 def read(folder: Path, text: str, *changes: str) -> TrainConfig:

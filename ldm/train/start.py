@@ -30,8 +30,8 @@ def run(config: TrainConfig, resume: bool = False) -> Path:
             f"loop.batch_size is {config.loop.batch_size}: use a multiple of {accelerator.num_processes} processes "
             f"times loop.micro_batch, {micro_batch}"
         )
-    check_folder(Path(config.folder), resume)
     folder, data = Path(config.folder), config.data
+    check_folder(folder, resume)
     folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         for name in (*OF_A_RUN, config.output):
