@@ -13,6 +13,8 @@ DTYPES = {
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16",
 }  # fmt: skip
 
+MAX_CFG_SCALE = 1000
+
 
 def _check_divides(part: str, parts: int, whole: str, size: int) -> None:
     if parts < 1 or size < 1 or size % parts:
@@ -98,13 +100,17 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole latent diffusion model. `image_size` is the side it was trained at, in pixels."""
+    """A whole latent diffusion model.
+
+    image_size: the side it was trained at, in pixels. cfg_scale: the guidance scale it draws best with.
+    """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: TextConfig = field(default_factory=TextConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     image_size: int = 512
+    cfg_scale: float = 7.5
 
     def __post_init__(self) -> None:
         unet, vae, text = self.unet, self.vae, self.text
@@ -114,6 +120,8 @@ class ModelConfig:
             raise ValueError(
                 f"the U-Net makes {unet.out_channels} latent channels, the VAE reads {vae.latent_channels}"
             )
+        if not 0 <= self.cfg_scale <= MAX_CFG_SCALE:  # false for NaN
+            raise ValueError(f"cfg_scale is {self.cfg_scale}: use 0 to {MAX_CFG_SCALE}")
 
     @property
     def inpaints(self) -> bool:

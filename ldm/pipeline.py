@@ -239,13 +239,14 @@ class StableDiffusion:
         return [Dose(loras[tag.name], tag.unet, tag.text) for tag in tags]
 
     def complete(self, request: Request, image: Source | None = None, mask: Source | None = None) -> Request:
-        """The request with a size and a seed, as `generate` makes it of the same arguments. Raises as that does."""
+        """The request with all that the model chooses, as `generate` makes it of the same arguments. Raises as that."""
         return self._prepare(request, image, mask)[0]
 
     def resolve(self, request: Request, image: Image.Image | None = None) -> Request:
-        """The request with a size and a seed. Raises RequestError for what this model cannot do.
+        """The request with a size, a seed and a guidance scale. Raises RequestError for what this model cannot do.
 
-        A side that is not given is the model's, or the initial image's; given the other, it keeps the image's shape.
+        What is not given is the model's; a side the initial image's where there is one, whose shape it keeps where the
+        other is given.
         """
         if self.config.edits and image is None:
             raise RequestError(f"{self.name} edits pictures: give an initial image")
@@ -267,7 +268,13 @@ class StableDiffusion:
                 f"the image would have {width}×{height} pixels: use one of {SIZE_MULTIPLE} or more a side"
             )
         width, height = multiples((width, height))
-        return replace(request, seed=request.seeds()[0], width=request.width or width, height=request.height or height)
+        return replace(
+            request,
+            seed=request.seeds()[0],
+            width=request.width or width,
+            height=request.height or height,
+            cfg_scale=self.config.cfg_scale if request.cfg_scale is None else request.cfg_scale,
+        )
 
     def grid_length(self, request: Request) -> int:
         """How many steps a whole run of the request's sampler has, which may be more than were asked for."""

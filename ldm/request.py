@@ -9,7 +9,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from reprlib import repr as brief
 from typing import Any
 
-from ldm.config import ScheduleConfig
+from ldm.config import MAX_CFG_SCALE, ScheduleConfig
 from ldm.diffusion import samplers
 from ldm.diffusion.grids import GRIDS, find_grid
 from ldm.errors import RequestError
@@ -43,7 +43,9 @@ class Request:
     prompt: str = field(kw_only=False, metadata={"help": "what the picture should show", "choices": None})
     negative_prompt: str = option("", "what it should not show")
     steps: int = option(25, f"denoising steps, 1 to {MAX_STEPS}", 1, MAX_STEPS)
-    cfg_scale: float = option(7.5, "classifier-free guidance scale; 1 is none", 0, 1000)
+    cfg_scale: float | None = option(
+        None, "classifier-free guidance scale; 1 is none; none given: the model's", 0, MAX_CFG_SCALE
+    )
     sampler: str = option(samplers.DEFAULT, f"one of {', '.join(samplers.NAMES)}, or as other programs call it")
     schedule: str | None = option(None, f"which noise levels: {', '.join(GRIDS)}; none given: the sampler's own")
     eta: float | None = option(None, "noise added back at each step, 0 to 1; none given: the sampler's own", 0, 1)

@@ -111,6 +111,7 @@ def guided(predictor: Predictor, conditions: Conditions, request: Request, level
         [(_, unconditional), *_] = conditions.negative.at(step)
         conds = [Branch(context, conditions.beside) for context in contexts]
         active = request.guidance_start <= step / len(visited) < request.guidance_end
+        assert request.cfg_scale is not None
         scale = request.cfg_scale if active else 1.0
         uncond = Branch(unconditional, conditions.beside)
         if conditions.edits:

@@ -42,9 +42,10 @@ def build_parser() -> Parser:
     )
     for name, kind in (("sampler", str), ("steps", int), ("cfg_scale", float)):
         value = getattr(default, name)
+        told = "the model's" if value is None else value
         parser.add_argument(
             "--" + name.replace("_", "-"), dest=name, nargs="+", type=kind, default=[value], metavar=name.upper(),
-            help=f"one or more, each with each of the other settings (default {value})",
+            help=f"one or more, each with each of the other settings (default {told})",
         )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of scenes and noise (default 0)")
     parser.add_argument(

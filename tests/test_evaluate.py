@@ -100,7 +100,7 @@ def test_evaluation_from_end_to_end(main, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert (tmp_path / "new" / "out" / "table.md").read_text(encoding="utf-8") == printed
     assert [line.split(" | ")[:5] for line in printed.splitlines()[2:]] == [
-        [f"| {kind}", "ddim", str(steps), "7.5", "2"] for steps in (2, 3) for kind in ("one", "unseen")
+        [f"| {kind}", "ddim", str(steps), "2", "2"] for steps in (2, 3) for kind in ("one", "unseen")
     ]
     results = json.loads((tmp_path / "new" / "out" / "results.json").read_text())
     assert len(results) == 8

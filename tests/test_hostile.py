@@ -76,6 +76,7 @@ def test_arbitrary_files(tmp_path, content):
     ("file", "parse"),
     [
         ("unet/config.json", detect.unet_from_json),
+        ("unet/config.json", detect.cfg_scale_from_json),
         ("vae/config.json", detect.vae_from_json),
         ("text_encoder/config.json", detect.text_from_json),
         ("scheduler/scheduler_config.json", detect.schedule_from_json),

@@ -399,6 +399,8 @@ def test_pickles_run_no_code(tmp_path, capsys):
         ("unet/config.json", {"transformer_layers_per_block": 10}, "only 1 is supported"),
         ("unet/config.json", {"block_out_channels": [64, 10**9, 1]}, "list of 1 to 8 whole numbers"),
         ("unet/config.json", {"block_out_channels": [64, 100, 192]}, "not multiples of the first"),
+        ("unet/config.json", {"_guidance_scale": "7"}, "only a positive number is supported"),
+        ("unet/config.json", {"_guidance_scale": 2000}, "cfg_scale is 2000.0: use 0 to 1000"),
         ("unet/config.json", {"norm_num_groups": 7}, "norm_groups is 7, which does not divide"),
         ("unet/config.json", {"layers_per_block": True}, "a whole number from 1 to"),
         ("unet/config.json", {"up_block_types": ["UpBlock2D"] * 3}, "the mirror of down_block_types"),
@@ -508,4 +510,5 @@ def test_model_config_is_the_files_own():
         text=TextConfig(vocab_size=678, width=128, layers=3, heads=4, mlp_width=512, max_length=32),
         schedule=ScheduleConfig(prediction_type="v_prediction"),
         image_size=128,
+        cfg_scale=2.0,
     )

@@ -140,7 +140,10 @@ def test_prompts_without_room_in_a_jpeg_are_told(tmp_path, caplog):
     ],
 )  # fmt: skip
 def test_parameters_have_the_form_of_automatic1111(fields, text):
-    assert metadata.parameters(Request("a cat", seed=42, width=512, height=768, **fields), 8, "v1-5") == text
+    assert (
+        metadata.parameters(Request("a cat", seed=42, width=512, height=768, cfg_scale=7.5, **fields), 8, "v1-5")
+        == text
+    )
 
 
 def test_parameters_tell_of_a_mask():
@@ -400,7 +403,7 @@ V3 = {
 }  # fmt: skip
 V3_FIELDS = {
     "prompt": "a cat", "negative_prompt": "a dog", "steps": 30, "sampler": "dpmpp_2m", "schedule": "karras",
-    "seed": 3, "width": 512, "height": 640, "clip_skip": 2, "guidance_rescale": 0.2,
+    "seed": 3, "width": 512, "height": 640, "clip_skip": 2, "cfg_scale": 7.5, "guidance_rescale": 0.2,
 }  # fmt: skip
 
 
@@ -455,7 +458,14 @@ OLD = {
 def test_pictures_of_old_invokeai(tmp_path, caplog, changes, fields):
     path = png(tmp_path / "i.png", sd_metadata=json.dumps(OLD | {"image": OLD["image"] | changes}))
     expected = Request(
-        "a cat on a mat", negative_prompt="a dog, blurry", steps=50, sampler="lms", seed=3, width=512, height=640
+        "a cat on a mat",
+        negative_prompt="a dog, blurry",
+        steps=50,
+        cfg_scale=7.5,
+        sampler="lms",
+        seed=3,
+        width=512,
+        height=640,
     )
     origin = metadata.read_origin(path)
     assert origin.request == Request(**{**vars(expected), **fields})

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from ldm import Request, StableDiffusion
+from ldm.config import SD_V1
 from ldm.diffusion import samplers
 from ldm.errors import CheckpointError, NumericalError, RequestError
 from ldm.images import to_image, to_tensor
@@ -122,6 +123,8 @@ def test_resolved_requests_leave_nothing_open(shipped):
     request = shipped.resolve(Request(prompt="a"))
     assert (request.width, request.height) == (SIDE, SIDE)
     assert request.seed is not None
+    assert request.cfg_scale == shipped.config.cfg_scale != SD_V1.cfg_scale
+    assert shipped.resolve(Request(prompt="a", cfg_scale=0)).cfg_scale == 0
     assert shipped.resolve(request) == request
     assert shipped.resolve(Request(prompt="a", width=128)).width == 128
     assert shipped.resolve(Request(prompt="a", width=128)).height == SIDE

@@ -29,8 +29,9 @@ class Stub:
     def complete(self, request: Request, image: None = None, mask: None = None) -> Request:
         if request.steps == 999:
             raise RequestError("steps is 999: this model has fewer")
-        size = {"width": request.width or 64, "height": request.height or 64}
-        return Request(**{name: getattr(request, name) for name in FIELDS} | size)
+        chosen = {"width": 64, "height": 64, "cfg_scale": 7.5}
+        given = {name: value for name in FIELDS if (value := getattr(request, name)) is not None}
+        return Request(**chosen | given)
 
     def grid_length(self, request: Request) -> int:
         return request.steps

@@ -52,7 +52,7 @@ def folder(tmp_path_factory) -> Path:
     """A tiny model that diffusers has made."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("train") / "model"
-    parts = configs.parts_to_json({"unet": TINY.unet, "vae": TINY.vae, "text": TINY.text}, TINY.image_size)
+    parts = configs.parts_to_json({"unet": TINY.unet, "vae": TINY.vae, "text": TINY.text}, TINY)
     diffusers.StableDiffusionPipeline(
         unet=diffusers.UNet2DConditionModel.from_config(parts["unet"]),
         vae=diffusers.AutoencoderKL.from_config(parts["vae"]),

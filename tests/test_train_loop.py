@@ -143,13 +143,13 @@ def test_a_full_disk_is_told_in_a_line(vae, tmp_path, monkeypatch):
 
 
 def test_what_a_run_leaves(vae, tmp_path):
-    target = run(read(tmp_path, DIFFUSION, f"diffusion.vae={vae}"))
+    target = run(read(tmp_path, DIFFUSION, f"diffusion.vae={vae}", "networks.cfg_scale=3"))
     folder = target.parent
     there = {path.name for path in folder.iterdir()}
     assert there >= {"config.toml", "run.json", "metrics.jsonl", "curves.png", "state.pt", "samples", "model"}
     assert len(losses(folder)) == 8
     sd = StableDiffusion.load(target, device="cpu", dtype="float32")
-    assert sd.config.text.vocab_size == 600 and sd.config.image_size == 32
+    assert sd.config.text.vocab_size == 600 and (sd.config.image_size, sd.config.cfg_scale) == (32, 3)
     assert sd.txt2img("a red circle", steps=2)[0].size == (32, 32)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ldm.config import SD_V1, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.checkpoint.detect import CFG_SCALE_KEY
+from ldm.config import SD_V1, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 
 JsonObject = dict[str, Any]
 
 
-def unet_to_json(config: UNetConfig, sample_size: int) -> JsonObject:
+def unet_to_json(config: UNetConfig, sample_size: int, cfg_scale: float) -> JsonObject:
     """unet/config.json; `sample_size` is the side of the latents the model was trained at."""
     down = [
         "CrossAttnDownBlock2D" if level in config.attention_levels else "DownBlock2D"
@@ -35,7 +36,7 @@ def unet_to_json(config: UNetConfig, sample_size: int) -> JsonObject:
         "out_channels": config.out_channels,
         "sample_size": sample_size,
         "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
-    }
+    } | ({} if cfg_scale == SD_V1.cfg_scale else {CFG_SCALE_KEY: cfg_scale})
 
 
 def vae_to_json(config: VAEConfig, sample_size: int) -> JsonObject:
@@ -96,12 +97,12 @@ def schedule_to_json(config: ScheduleConfig) -> JsonObject:
     }
 
 
-def parts_to_json(parts: Mapping[str, Any], image_size: int) -> dict[str, JsonObject]:
-    """The config.json of each of some networks ("unet", "vae", "text"), by the name of its folder."""
+def parts_to_json(parts: Mapping[str, Any], model: ModelConfig) -> dict[str, JsonObject]:
+    """The config.json of each of some networks ("unet", "vae", "text") of a model, by the name of its folder."""
     downsampling = parts.get("vae", SD_V1.vae).downsampling
     write = {
-        "unet": ("unet", lambda config: unet_to_json(config, image_size // downsampling)),
-        "vae": ("vae", lambda config: vae_to_json(config, image_size)),
+        "unet": ("unet", lambda config: unet_to_json(config, model.image_size // downsampling, model.cfg_scale)),
+        "vae": ("vae", lambda config: vae_to_json(config, model.image_size)),
         "text": ("text_encoder", text_to_json),
     }
     return {write[name][0]: write[name][1](config) for name, config in parts.items()}

@@ -214,12 +214,13 @@ def _untold(checkpoint: Checkpoint) -> dict[str, str]:
     """Metadata for what a single file's names and shapes would not tell a reader."""
     parts = {name: part.read_config() for name, part in checkpoint.parts.items()}
     plain = {name: _of_shapes(part) for name, part in checkpoint.parts.items()}
-    image_size = read_config(checkpoint).image_size if len(parts) == len(LABELS) else SD_V1.image_size
+    model = read_config(checkpoint) if len(parts) == len(LABELS) else SD_V1
     metadata = {}
-    differs = (parts, checkpoint.schedule, image_size) != (plain, SD_V1.schedule, SD_V1.image_size)
+    told = (parts, checkpoint.schedule, model.image_size, model.cfg_scale)
+    differs = told != (plain, SD_V1.schedule, SD_V1.image_size, SD_V1.cfg_scale)
     marked = any(MARKS in contents.ignored for contents in checkpoint.contents.values())
     if differs or marked:  # by keys, which may say something else than was chosen
-        content = configs.parts_to_json(parts, image_size)
+        content = configs.parts_to_json(parts, model)
         content |= {"scheduler": configs.schedule_to_json(checkpoint.schedule)} if "unet" in parts else {}
         metadata[CONFIG_KEY] = json.dumps(content)
     prediction_type = checkpoint.schedule.prediction_type
@@ -260,9 +261,7 @@ def _plan_folder(checkpoint: Checkpoint, conversion: Conversion) -> dict[str, Fi
         "model_index.json": configs.MODEL_INDEX,
         "scheduler/scheduler_config.json": configs.schedule_to_json(config.schedule),
     }
-    for folder, content in configs.parts_to_json(
-        {name: getattr(config, name) for name in LABELS}, config.image_size
-    ).items():
+    for folder, content in configs.parts_to_json({name: getattr(config, name) for name in LABELS}, config).items():
         texts[f"{folder}/config.json"] = content
     vocab, merges = read_vocabulary(checkpoint.tokenizer, checkpoint.path)
     texts["tokenizer/vocab.json"] = vocab

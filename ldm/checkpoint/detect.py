@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from reprlib import repr as brief
 from typing import Any, NamedTuple
 
-from ldm.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.config import SD_V1, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.diffusion.prediction import PREDICTION_TYPES
 from ldm.diffusion.schedule import BETA_SCHEDULES
 from ldm.errors import CheckpointError
 
 Shapes = Mapping[str, Sequence[int]]
 Json = Mapping[str, Any]
+
+CFG_SCALE_KEY = "_guidance_scale"  # of unet/config.json: ours alone; diffusers passes over names that start so
 
 # Files that are not an SD v1.x model, by a pattern that none of its keys match. The first row that fits names the file.
 OTHER_FAMILIES = {
@@ -254,6 +256,11 @@ class _Reader:
         if value not in (allowed := tuple(allowed)):
             raise self.error(key, " or ".join(allowed))
         return value
+
+
+def cfg_scale_from_json(json: Json, where: str) -> float:
+    """The guidance scale that a U-Net draws best with, from its unet/config.json."""
+    return _Reader(json, {}, where).number(CFG_SCALE_KEY, SD_V1.cfg_scale)
 
 
 def unet_from_json(json: Json, where: str) -> UNetConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint.detect import cfg_scale_from_json
 from ldm.checkpoint.files import StoredTensor
 from ldm.checkpoint.header import FLOATS
 from ldm.checkpoint.layouts import LABELS, NAMES, Part, describe
@@ -59,13 +60,15 @@ def load_model(
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
     """What the parts of a checkpoint are, taken together. Raises CheckpointError where they do not fit each other."""
     configs = {name: checkpoint.part(name).read_config() for name in NAMES}
-    sample_size = (checkpoint.parts["unet"].json or {}).get("sample_size")  # a side in latents
+    unet = checkpoint.parts["unet"]
+    sample_size = (unet.json or {}).get("sample_size")  # a side in latents
     if type(sample_size) is int and 1 <= sample_size <= 1024:
         image_size = sample_size * configs["vae"].downsampling
     else:
         image_size = SD_V1.image_size
+    cfg_scale = cfg_scale_from_json(unet.json or {}, unet.where)
     try:
-        return ModelConfig(**configs, schedule=checkpoint.schedule, image_size=image_size)
+        return ModelConfig(**configs, schedule=checkpoint.schedule, image_size=image_size, cfg_scale=cfg_scale)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: its parts do not make a model: {error}") from error
 

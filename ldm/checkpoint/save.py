@@ -28,7 +28,7 @@ def save_networks(
 
     Raises CheckpointError and RequestError, and then has written nothing.
     """
-    table = configs.parts_to_json({name: getattr(config, name) for name in networks}, config.image_size)
+    table = configs.parts_to_json({name: getattr(config, name) for name in networks}, config)
     parts = {}
     for name, network in networks.items():
         bare = Part(name, str(MEMORY), "", SPELLING, {}, table[FOLDERS[name]])

@@ -198,7 +198,7 @@ class Samples:
     prompts: tuple[str, ...] = ()
     seed: int = 0
     steps: int = 25
-    cfg_scale: float = 7.5
+    cfg_scale: float | None = None  # none given: the model's
 
 
 @dataclass(frozen=True)

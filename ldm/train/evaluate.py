@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -39,7 +39,7 @@ class Setting:
 
     sampler: str
     steps: int
-    cfg_scale: float
+    cfg_scale: float | None  # none given: the model's
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +76,13 @@ def evaluate(
     if find_spec("scipy") is None:
         raise RequestError("judging pictures needs scipy: pip install 'ldm[evaluate]'")
     chosen = [(kind, number) for kind in kinds for number in range(count)]
-    batches = [(setting, chosen[i : i + batch_size]) for setting in settings for i in range(0, len(chosen), batch_size)]
     if sd.config.unet.in_channels != sd.config.vae.latent_channels:
         raise RequestError("a model that edits pictures draws none of its own: give one for text to image")
-    for setting in settings:
-        sd.resolve(Request("", seed=seed, **asdict(setting)))
+    settings = [
+        replace(setting, cfg_scale=sd.resolve(Request("", seed=seed, **asdict(setting))).cfg_scale)
+        for setting in settings
+    ]
+    batches = [(setting, chosen[i : i + batch_size]) for setting in settings for i in range(0, len(chosen), batch_size)]
     judged = []
     with tqdm(total=len(settings) * len(chosen), unit="picture") as bar:
         for setting, batch in batches:
@@ -106,9 +108,11 @@ def render(sd: StableDiffusion, requests: Sequence[Request]) -> list[Image.Image
     They are those that `sd.generate` makes of each alone, of prompts without weights or other syntax, at the model's
     size. Raises NumericalError.
     """
-    first = requests[0]
+    first = sd.resolve(requests[0])
+    scale = first.cfg_scale
+    assert scale is not None
     contexts = sd.text.encode([request.prompt for request in requests])
-    if first.cfg_scale != 1:
+    if scale != 1:
         contexts = torch.cat([sd.text.encode("").expand_as(contexts), contexts])
     keys_values = sd.unet.embed_context(contexts)
 
@@ -119,11 +123,11 @@ def render(sd: StableDiffusion, requests: Sequence[Request]) -> list[Image.Image
     predict = denoiser(network, sd.config.schedule.prediction_type)
 
     def denoise(x: Tensor, level: Level) -> Prediction:
-        if first.cfg_scale == 1:
+        if scale == 1:
             return predict(x, level)
         both = predict(torch.cat([x, x]), level)
         uncond, cond = (Prediction(*halves) for halves in zip(*(form.chunk(2) for form in both), strict=True))
-        return guide(uncond, [cond], (1.0,), first.cfg_scale)
+        return guide(uncond, [cond], (1.0,), scale)
 
     side = sd.config.image_size // sd.config.vae.downsampling
     seeds = [request.seeds()[0] for request in requests]
