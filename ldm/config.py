@@ -120,8 +120,8 @@ class ModelConfig:
             raise ValueError(
                 f"the U-Net makes {unet.out_channels} latent channels, the VAE reads {vae.latent_channels}"
             )
-        if not 0 <= self.cfg_scale <= MAX_CFG_SCALE:  # false for NaN
-            raise ValueError(f"cfg_scale is {self.cfg_scale}: use 0 to {MAX_CFG_SCALE}")
+        if not 0 < self.cfg_scale <= MAX_CFG_SCALE:  # false for NaN
+            raise ValueError(f"cfg_scale is {self.cfg_scale}: use a positive number up to {MAX_CFG_SCALE}")
 
     @property
     def inpaints(self) -> bool:

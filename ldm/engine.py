@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """The networks at work. Requests have a size and a seed; latents are scaled, float32."""
+    """The networks at work. Requests have a size, a seed and a guidance scale; latents are scaled, float32."""
 
     unet: UNet
     text: TextEncoder

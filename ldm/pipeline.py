@@ -309,7 +309,7 @@ class StableDiffusion:
                 "%d×%d pixels are many for a model trained at %d×%d: a smaller width or height is faster",
                 *(last.width, last.height, self.config.image_size, self.config.image_size),
             )
-        if request.cfg_scale == 1 and request.negative_prompt:
+        if request.cfg_scale == 1 and request.negative_prompt and not self.config.edits:
             log.warning("the negative prompt has no effect at cfg_scale 1")
         default = Request("")
         for wanting, names in {

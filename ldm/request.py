@@ -44,7 +44,7 @@ class Request:
     negative_prompt: str = option("", "what it should not show")
     steps: int = option(25, f"denoising steps, 1 to {MAX_STEPS}", 1, MAX_STEPS)
     cfg_scale: float | None = option(
-        None, "classifier-free guidance scale; 1 is none; none given: the model's", 0, MAX_CFG_SCALE
+        None, "classifier-free guidance scale, 1 for no guidance; none given: the model's", 0, MAX_CFG_SCALE
     )
     sampler: str = option(samplers.DEFAULT, f"one of {', '.join(samplers.NAMES)}, or as other programs call it")
     schedule: str | None = option(None, f"which noise levels: {', '.join(GRIDS)}; none given: the sampler's own")

@@ -93,7 +93,8 @@ class Conditions:
 def guided(predictor: Predictor, conditions: Conditions, request: Request, levels: Sequence[Level]) -> Denoise:
     """The U-Net with guidance, over the levels of a run, from whose start the steps of prompts count."""
     ask = first_that_fits({"guidance in one evaluation": predictor.together, "guidance in several": predictor.apart})
-    visited = levels[:-1]
+    visited, cfg_scale = levels[:-1], request.cfg_scale
+    assert cfg_scale is not None
 
     def step_of(level: Level) -> int:
         """The step during which a level is visited, be it one of the grid or one between two of them."""
@@ -111,8 +112,7 @@ def guided(predictor: Predictor, conditions: Conditions, request: Request, level
         [(_, unconditional), *_] = conditions.negative.at(step)
         conds = [Branch(context, conditions.beside) for context in contexts]
         active = request.guidance_start <= step / len(visited) < request.guidance_end
-        assert request.cfg_scale is not None
-        scale = request.cfg_scale if active else 1.0
+        scale = cfg_scale if active else 1.0
         uncond = Branch(unconditional, conditions.beside)
         if conditions.edits:
             result, plain = _edited(predict(x, level, [_blind(uncond), uncond, *conds]), weights, scale, request)

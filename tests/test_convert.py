@@ -27,6 +27,7 @@ from ldm.checkpoint.inspect import inspect
 from ldm.checkpoint.layouts import LABELS
 from ldm.checkpoint.sources import Choices
 from ldm.cli import main
+from ldm.config import SD_V1
 from ldm.errors import CheckpointError, RequestError
 
 VERIFIED = Conversion(verify=True)
@@ -183,6 +184,13 @@ def test_a_vae_alone(tmp_path, shipped):
     assert vae.config == shipped.config.vae
     with pytest.raises(CheckpointError, match="holds no U-Net"):
         convert(SHIPPED / "vae", tmp_path / "folder")
+
+
+def test_a_unet_alone_keeps_its_size_and_guidance(tmp_path, shipped):
+    convert(SHIPPED / "unet", tmp_path / "unet.safetensors", conversion=VERIFIED)
+    choices = Choices(vae=SHIPPED / "vae", text_encoder=SHIPPED / "text_encoder")
+    config = load_model(tmp_path / "unet.safetensors", choices=choices).config
+    assert (config.image_size, config.cfg_scale) == (128, shipped.config.cfg_scale) != (128, SD_V1.cfg_scale)
 
 
 @pytest.mark.parametrize("ids", [POSITIONS.half(), POSITIONS * 2, POSITIONS[0].int()])

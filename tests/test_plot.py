@@ -87,6 +87,7 @@ def colours(image: Image.Image) -> list[tuple[int, int, int]]:
 def test_values_are_read_by_the_type_of_their_field(text, field, values):
     axis = read_axis(text)
     assert (axis.field, axis.values) == (field, values)
+    assert not any("None" in label for label in axis.labels)
 
 
 @pytest.mark.parametrize(

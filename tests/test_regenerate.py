@@ -34,6 +34,15 @@ def refusal(capsys, *args: object) -> str:
     return line
 
 
+def test_a_missing_guidance_scale_is_told(capsys, caplog, tmp_path):
+    about = PngInfo()
+    about.add_text("parameters", f"{PROMPT}\nSteps: 1, Sampler: DDIM, Seed: 1, Size: {SIDE}x{SIDE}, RNG: CPU")
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "i.png", pnginfo=about)
+    [path] = make(capsys, "regenerate", tmp_path / "i.png", "--outdir", tmp_path, *EXACT)
+    assert "carries no guidance scale: the model's own counts" in caplog.text
+    assert metadata.read_request(path).cfg_scale == 2
+
+
 def difference(one: Path, other: Path) -> int:
     """The largest, in grey levels, between two pictures of one size."""
     a, b = Image.open(one).convert("RGB"), Image.open(other).convert("RGB")
@@ -93,7 +102,7 @@ def test_a_mask_that_is_missing_is_told(capsys, tmp_path):
 
 def test_another_model_is_told(capsys, tmp_path, caplog):
     path = tmp_path / "i.png"
-    request = Request("a", steps=1, sampler="ddim", seed=1, width=SIDE, height=SIDE)
+    request = Request("a", steps=1, sampler="ddim", seed=1, cfg_scale=2.0, width=SIDE, height=SIDE)
     metadata.save_image(path, Image.new("RGB", (64, 64)), request, 1, "other", vae="better")
     make(capsys, "regenerate", path, "--outdir", tmp_path / "b", *EXACT)
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [

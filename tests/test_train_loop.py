@@ -19,6 +19,7 @@ from ldm.checkpoint import load_vae
 from ldm.errors import CheckpointError, ImageError, LdmError, NumericalError, RequestError
 from ldm.models.vae import DiagonalGaussian
 from ldm.train.config import Optimizer, to_toml
+from ldm.train.diffusion import DiffusionTask
 from ldm.train.ema import EMA
 from ldm.train.feed import Feed, generator
 from ldm.train.loop import learning_rate
@@ -143,7 +144,7 @@ def test_a_full_disk_is_told_in_a_line(vae, tmp_path, monkeypatch):
 
 
 def test_what_a_run_leaves(vae, tmp_path):
-    target = run(read(tmp_path, DIFFUSION, f"diffusion.vae={vae}", "networks.cfg_scale=3"))
+    target = run(read(tmp_path, DIFFUSION, f"diffusion.vae={vae}"))
     folder = target.parent
     there = {path.name for path in folder.iterdir()}
     assert there >= {"config.toml", "run.json", "metrics.jsonl", "curves.png", "state.pt", "samples", "model"}
@@ -287,6 +288,15 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 def test_nothing_to_resume_is_told(tmp_path, caplog):
     run(read(tmp_path, VAE, "loop.steps=1"), resume=True)
     assert "vae has no state.pt: there is nothing to go on with, so this begins at step 0" in caplog.text
+
+
+def test_samples_that_cannot_be_drawn_end_no_run(vae, tmp_path, monkeypatch, caplog):
+    def overflow(task):
+        raise NumericalError("the latents are not finite")
+
+    monkeypatch.setattr(DiffusionTask, "pictures", overflow)
+    assert run(read(tmp_path, DIFFUSION, f"diffusion.vae={vae}", "loop.steps=1", "loop.sample_every=1")).is_dir()
+    assert "step 1: no samples: the latents are not finite" in caplog.text
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +174,7 @@ def test_fine_tuning(changes, least, model, pictures, tmp_path):
         assert sd.config.inpaints == ("diffusion.inpaint=true" in changes)
         expected = "v_prediction" if "diffusion.prediction_type=v_prediction" in changes else "epsilon"
         assert sd.config.schedule.prediction_type == expected
+        assert sd.config.cfg_scale == 3  # the first model's
         grey = Image.new("RGB", (32, 32), "grey")
         assert sd.inpaint("a red circle", grey, Image.new("L", (32, 32), 255), steps=2)
 
@@ -280,6 +283,9 @@ def test_loss_of_a_perfect_network_is_zero(prediction_type):
         (("data.side=500", "networks.image_size=500"), "width is 500"),
         (("data.side=64",), "networks.image_size is 32 and data.side 64: use the same"),
         (("networks.vae.channels=64",), "networks.vae is for task 'vae'"),
+        (("task=vae", "diffusion={}", "samples={}", "networks.unet={}"), "networks.text is for task 'diffusion'"),
+        (("networks.cfg_scale=0",), "cfg_scale is 0.0: use a positive number up to 1000"),
+        (('prior.prompts=["a circle"]',), "prior is for a model, which draws it: leave it out"),
         (("diffusion.prediction_type=sample",), "diffusion.prediction_type is for a model; new networks have"),
         (("diffusion.zero_terminal_snr=true",), "diffusion.zero_terminal_snr is for a model; new networks have"),
         (
@@ -428,6 +434,7 @@ def test_what_is_saved_is_the_average(model, tmp_path):
 
 
 def test_prior_is_drawn_anew_where_what_it_comes_of_changes(model, tmp_path):
+    model = shutil.copytree(model, tmp_path / "model")
     changes = (f"model={model}", *LORA, "loop.steps=1", "prior.count=2", "samples.prompts=[]")
     prior = tmp_path / "diffusion" / "prior"
 
@@ -442,6 +449,9 @@ def test_prior_is_drawn_anew_where_what_it_comes_of_changes(model, tmp_path):
     assert folders('prior.prompts=["a circle"]') == first and drawn.stat().st_mtime_ns == written
     second = folders('prior.prompts=["a star", "a ring"]')
     assert len(second) == 2 and ["a ring", "a star"] in second.values()
+    config = model / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_guidance_scale": 4}))
+    assert len(folders('prior.prompts=["a circle"]')) == 3
 
 
 def test_every_saved_result_is_kept_where_asked(model, tmp_path):

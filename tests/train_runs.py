@@ -14,8 +14,6 @@ VAE = """
 task = "vae"
 folder = "vae"
 output = "vae.safetensors"
-[networks]
-image_size = 32
 [networks.vae]
 channels = 8
 channel_mult = [1, 2, 2, 2]
@@ -45,6 +43,7 @@ folder = "diffusion"
 output = "model"
 [networks]
 image_size = 32
+cfg_scale = 3.0
 [networks.unet]
 channels = 16
 channel_mult = [1, 2]
@@ -83,7 +82,7 @@ steps = 2
 """
 
 # A model to start from has networks of its own.
-TUNE, TUNE_VAE = (re.sub(r"\[networks\].*?(?=\[data\])", "", text, flags=re.DOTALL) for text in (DIFFUSION, VAE))
+TUNE, TUNE_VAE = (re.sub(r"\[networks.*?(?=\[data\])", "", text, flags=re.DOTALL) for text in (DIFFUSION, VAE))
 
 
 def read(folder: Path, text: str, *changes: str) -> TrainConfig:

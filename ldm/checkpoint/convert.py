@@ -22,7 +22,7 @@ from ldm.checkpoint.files import FORMAT_DTYPES, MAX_CONFIG_BYTES, TORCH_DTYPES, 
 from ldm.checkpoint.folders import EXTRAS, FOLDERS, PREVIEW, STEMS
 from ldm.checkpoint.header import FLOATS
 from ldm.checkpoint.layouts import EMA, LABELS, MARKS, POSITION_IDS, REPLACED, TEXT_LEVEL, Part, describe
-from ldm.checkpoint.load import build, check, read_config
+from ldm.checkpoint.load import build, check, read_config, read_habits
 from ldm.checkpoint.names import disk_dims
 from ldm.checkpoint.sources import (
     CONFIG_KEY,
@@ -214,12 +214,10 @@ def _untold(checkpoint: Checkpoint) -> dict[str, str]:
     """Metadata for what a single file's names and shapes would not tell a reader."""
     parts = {name: part.read_config() for name, part in checkpoint.parts.items()}
     plain = {name: _of_shapes(part) for name, part in checkpoint.parts.items()}
-    model = read_config(checkpoint) if len(parts) == len(LABELS) else SD_V1
+    model = replace(SD_V1, schedule=checkpoint.schedule, **read_habits(checkpoint))
     metadata = {}
-    told = (parts, checkpoint.schedule, model.image_size, model.cfg_scale)
-    differs = told != (plain, SD_V1.schedule, SD_V1.image_size, SD_V1.cfg_scale)
     marked = any(MARKS in contents.ignored for contents in checkpoint.contents.values())
-    if differs or marked:  # by keys, which may say something else than was chosen
+    if (parts, model) != (plain, SD_V1) or marked:  # by keys, which may say something else than was chosen
         content = configs.parts_to_json(parts, model)
         content |= {"scheduler": configs.schedule_to_json(checkpoint.schedule)} if "unet" in parts else {}
         metadata[CONFIG_KEY] = json.dumps(content)

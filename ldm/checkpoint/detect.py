@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from reprlib import repr as brief
 from typing import Any, NamedTuple
 
-from ldm.config import SD_V1, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.config import MAX_CFG_SCALE, SD_V1, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.diffusion.prediction import PREDICTION_TYPES
 from ldm.diffusion.schedule import BETA_SCHEDULES
 from ldm.errors import CheckpointError
@@ -238,10 +238,10 @@ class _Reader:
             raise self.error(key, f"a list of 1 to {MAX_LEVELS} whole numbers")
         return tuple(values)
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float, most: float = 1e6) -> float:
         value = default if self.json.get(key) is None else self.json[key]
-        if type(value) not in (int, float) or not 0 < value < 1e6:
-            raise self.error(key, "a positive number")
+        if type(value) not in (int, float) or not 0 < value <= most:
+            raise self.error(key, f"a positive number up to {most:g}")
         return float(value)
 
     def flag(self, key: str) -> bool:
@@ -260,7 +260,7 @@ class _Reader:
 
 def cfg_scale_from_json(json: Json, where: str) -> float:
     """The guidance scale that a U-Net draws best with, from its unet/config.json."""
-    return _Reader(json, {}, where).number(CFG_SCALE_KEY, SD_V1.cfg_scale)
+    return _Reader(json, {}, where).number(CFG_SCALE_KEY, SD_V1.cfg_scale, MAX_CFG_SCALE)
 
 
 def unet_from_json(json: Json, where: str) -> UNetConfig:

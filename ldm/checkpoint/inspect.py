@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint.detect import OtherFamilyError
+from ldm.checkpoint.detect import OtherFamilyError, cfg_scale_from_json
 from ldm.checkpoint.files import TORCH_DTYPES, StoredTensor, open_tensors
 from ldm.checkpoint.layouts import EMA, LABELS, POSITION_IDS, Part
 from ldm.checkpoint.names import VAE_ATTENTION_PLACES
@@ -72,13 +72,14 @@ def _describe_part(part: Part) -> dict[str, Any]:
     )
     try:
         config = part.read_config()
+        habits = {"cfg_scale": cfg_scale_from_json(part.json or {}, part.where)} if part.name == "unet" else {}
     except OtherFamilyError:
         raise
     except CheckpointError as error:
         return report | {"fault": str(error)}
     expected = part.expected(config)
     return report | {
-        "config": vars(config),
+        "config": vars(config) | habits,
         "missing": [part.prefix + name for name in expected if name not in part.tensors],
         "unexpected": [part.prefix + name for name in part.tensors if name not in expected],
     }

@@ -60,17 +60,25 @@ def load_model(
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
     """What the parts of a checkpoint are, taken together. Raises CheckpointError where they do not fit each other."""
     configs = {name: checkpoint.part(name).read_config() for name in NAMES}
-    unet = checkpoint.parts["unet"]
-    sample_size = (unet.json or {}).get("sample_size")  # a side in latents
-    if type(sample_size) is int and 1 <= sample_size <= 1024:
-        image_size = sample_size * configs["vae"].downsampling
-    else:
-        image_size = SD_V1.image_size
-    cfg_scale = cfg_scale_from_json(unet.json or {}, unet.where)
     try:
-        return ModelConfig(**configs, schedule=checkpoint.schedule, image_size=image_size, cfg_scale=cfg_scale)
+        return ModelConfig(**configs, schedule=checkpoint.schedule, **read_habits(checkpoint))
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: its parts do not make a model: {error}") from error
+
+
+def read_habits(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The `image_size` and `cfg_scale` that a U-Net's config tells; none without one. Raises CheckpointError."""
+    if "unet" not in checkpoint.parts:
+        return {}
+    unet, vae = (checkpoint.parts.get(name) for name in ("unet", "vae"))
+    assert unet is not None
+    told = unet.json or {}
+    habits: dict[str, Any] = {"cfg_scale": cfg_scale_from_json(told, unet.where)}
+    sample_size = told.get("sample_size")  # a side in latents
+    if type(sample_size) is int and 1 <= sample_size <= 1024:
+        downsampling = (SD_V1.vae if vae is None else vae.read_config()).downsampling
+        habits["image_size"] = sample_size * downsampling
+    return habits
 
 
 def load_unet(

@@ -46,7 +46,7 @@ class Axis:
 
     @property
     def labels(self) -> list[str]:
-        return [f"{self.field}={value}" if self.field else "" for value in self.values]
+        return [f"{self.field}={'none' if value is None else value}" if self.field else "" for value in self.values]
 
     def put(self, value: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Fields with a value of this axis. Raises RequestError where there is nothing to put it in the place of."""

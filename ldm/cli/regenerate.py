@@ -64,6 +64,8 @@ def _check_pictures(args: argparse.Namespace, origin: Origin) -> None:
         raise RequestError(f"{args.image}: was painted under a mask, which it does not carry: give --mask")
     if origin.request.seed is None:
         log.warning("%s: carries no seed: this will be another picture of its request", args.image)
+    if origin.request.cfg_scale is None:
+        log.warning("%s: carries no guidance scale: the model's own counts", args.image)
 
 
 def _compare_models(args: argparse.Namespace, origin: Origin, loaded: str) -> None:

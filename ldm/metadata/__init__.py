@@ -52,6 +52,7 @@ def save_image(
 ) -> None:
     """Write an image as its suffix says (.png, .jpg, .jpeg, .webp: lossless), whole or not at all.
 
+    request: complete (`StableDiffusion.complete`), or what the model chose is not written.
     steps, model, vae, masked: as in `parameters`. metadata: whether to write any. Raises RequestError for another
     suffix, FileExistsError where the path is taken.
     """

@@ -281,10 +281,14 @@ class TrainConfig:
             "vae": ("task 'vae'", not diffusion),
             "data.crop": ("task 'vae'", not diffusion),
             "networks.vae": ("task 'vae'; diffusion.vae has its own", not diffusion),
+            **{
+                f"networks.{name}": ("task 'diffusion'", diffusion)
+                for name in ("text", "schedule", "image_size", "cfg_scale")
+            },
             "data.buckets": ("task 'diffusion'", diffusion),
             "data.caption": ("task 'diffusion'", diffusion),
             "diffusion": ("task 'diffusion'", diffusion),
-            "prior": ("task 'diffusion'", diffusion),
+            "prior": ("a model, which draws it", diffusion and self.model is not None),
             "samples": ("task 'diffusion'", diffusion),
             "lora": ("diffusion.method 'lora'", method == "lora"),
             "inversion": ("diffusion.method 'textual_inversion'", method == "textual_inversion"),

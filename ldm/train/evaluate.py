@@ -46,7 +46,7 @@ class Setting:
 class Judged:
     """A picture made of the caption of a held-out scene, and what it shows of it."""
 
-    setting: Setting
+    setting: Setting  # complete
     kind: str
     caption: str
     seed: int

@@ -177,10 +177,13 @@ class Run:
         return nullcontext() if self.ema is None else self.ema.applied(self.parameters)
 
     def look(self, record: RunLog | None, step: int) -> None:
-        """Draw what has been learned so far."""
+        """Draw what has been learned so far. A picture that cannot be drawn ends no run."""
         with self.averaged():
-            if record is not None and (sheet := self.task.pictures()) is not None:
-                record.picture(step, "samples", sheet)
+            try:
+                if record is not None and (sheet := self.task.pictures()) is not None:
+                    record.picture(step, "samples", sheet)
+            except NumericalError as error:
+                log.warning("step %d: no samples: %s", step, error)
         self.accelerator.wait_for_everyone()
 
     def save_result(self, target: Path, step: int) -> None:

@@ -70,6 +70,8 @@ def draw_prior(parent: Path, model: Model, config: TrainConfig, accelerator: Acc
     prior, device = config.prior, accelerator.device
     requests = [config.request(prior.prompts[seed % len(prior.prompts)], seed) for seed in range(prior.count)]
     networks = (model.unet, model.vae, model.text)
+    sd = StableDiffusion(*networks, model.config, "prior", device, torch.float32)
+    requests = [sd.resolve(request) for request in requests]
     folder = parent / fingerprint(networks, model.config.schedule, requests, config.loop.precision)[:12]
     missing = [request for request in requests if not (folder / f"{request.seed}.txt").is_file()]
     if not missing:
@@ -77,7 +79,6 @@ def draw_prior(parent: Path, model: Model, config: TrainConfig, accelerator: Acc
     folder.mkdir(parents=True, exist_ok=True)
     for network in networks:
         network.to(device)
-    sd = StableDiffusion(*networks, model.config, "prior", device, torch.float32)
     for request in tqdm(missing, unit="picture", desc="drawing the prior"):
         with accelerator.autocast():
             [picture] = sd.generate(request)
