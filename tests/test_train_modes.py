@@ -283,7 +283,7 @@ def test_loss_of_a_perfect_network_is_zero(prediction_type):
         (("data.side=500", "networks.image_size=500"), "width is 500"),
         (("data.side=64",), "networks.image_size is 32 and data.side 64: use the same"),
         (("networks.vae.channels=64",), "networks.vae is for task 'vae'"),
-        (("task=vae", "diffusion={}", "samples={}", "networks.unet={}"), "networks.text is for task 'diffusion'"),
+        (("task=vae", "output=m.safetensors", "diffusion={}", "samples={}"), "networks.text is for task 'diffusion'"),
         (("networks.cfg_scale=0",), "cfg_scale is 0.0: use a positive number up to 1000"),
         (('prior.prompts=["a circle"]',), "prior is for a model, which draws it: leave it out"),
         (("diffusion.prediction_type=sample",), "diffusion.prediction_type is for a model; new networks have"),
