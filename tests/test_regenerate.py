@@ -34,15 +34,6 @@ def refusal(capsys, *args: object) -> str:
     return line
 
 
-def test_a_missing_guidance_scale_is_told(capsys, caplog, tmp_path):
-    about = PngInfo()
-    about.add_text("parameters", f"{PROMPT}\nSteps: 1, Sampler: DDIM, Seed: 1, Size: {SIDE}x{SIDE}, RNG: CPU")
-    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "i.png", pnginfo=about)
-    [path] = make(capsys, "regenerate", tmp_path / "i.png", "--outdir", tmp_path, *EXACT)
-    assert "carries no guidance scale: the model's own counts" in caplog.text
-    assert metadata.read_request(path).cfg_scale == 2
-
-
 def difference(one: Path, other: Path) -> int:
     """The largest, in grey levels, between two pictures of one size."""
     a, b = Image.open(one).convert("RGB"), Image.open(other).convert("RGB")
@@ -98,6 +89,15 @@ def test_a_mask_that_is_missing_is_told(capsys, tmp_path):
     assert refusal(capsys, "regenerate", path, "--init-img", path) == (
         f"ldm: {path}: was painted under a mask, which it does not carry: give --mask"
     )
+
+
+def test_a_missing_guidance_scale_is_told(capsys, caplog, tmp_path):
+    about = PngInfo()
+    about.add_text("parameters", f"{PROMPT}\nSteps: 1, Sampler: DDIM, Seed: 1, Size: {SIDE}x{SIDE}, RNG: CPU")
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "i.png", pnginfo=about)
+    [path] = make(capsys, "regenerate", tmp_path / "i.png", "--outdir", tmp_path, *EXACT)
+    assert "carries no guidance scale: the model's own counts" in caplog.text
+    assert metadata.read_request(path).cfg_scale == 2
 
 
 def test_another_model_is_told(capsys, tmp_path, caplog):

@@ -68,16 +68,15 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
 
 def read_habits(checkpoint: Checkpoint) -> dict[str, Any]:
     """The `image_size` and `cfg_scale` that a U-Net's config tells; none without one. Raises CheckpointError."""
-    if "unet" not in checkpoint.parts:
+    unet = checkpoint.parts.get("unet")
+    if unet is None:
         return {}
-    unet, vae = (checkpoint.parts.get(name) for name in ("unet", "vae"))
-    assert unet is not None
     told = unet.json or {}
     habits: dict[str, Any] = {"cfg_scale": cfg_scale_from_json(told, unet.where)}
     sample_size = told.get("sample_size")  # a side in latents
     if type(sample_size) is int and 1 <= sample_size <= 1024:
-        downsampling = (SD_V1.vae if vae is None else vae.read_config()).downsampling
-        habits["image_size"] = sample_size * downsampling
+        vae = checkpoint.parts.get("vae")
+        habits["image_size"] = sample_size * (vae.read_config() if vae else SD_V1.vae).downsampling
     return habits
 
 
