@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import glob
 import hashlib
 import os
 import shutil
@@ -25,6 +24,20 @@ def write_new(path: Path, write: Callable[[BinaryIO], object]) -> None:
         write(file)
 
 
+UNFINISHED = ".part"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system that tell no file, such as a full disk's, or a temporary one are told of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or str(error.filename).endswith(UNFINISHED)):
+            error.filename = str(path)
+        raise
+
+
 @contextmanager
 def staged_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """The path of a temporary file to fill; it takes the name `path` when the block ends without an error.
@@ -32,46 +45,51 @@ def staged_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     At any moment there is the old file or the new one, whole. Raises FileExistsError where the path is taken, unless
     `overwrite`.
     """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".part")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        if overwrite:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())  # so that not even a loss of power leaves neither
-            temporary.replace(path)
-        else:
-            _link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(path):
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=UNFINISHED)
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+            if overwrite:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())  # so that not even a loss of power leaves neither
+                temporary.replace(path)
+            else:
+                _link(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def remove_unfinished(path: Path) -> None:
-    """Remove what killed processes left of writing `path`: for those who know that nobody is writing it now."""
-    for left in path.parent.glob(f".{glob.escape(path.name[:100])}.*.part"):
+def remove_unfinished(folder: Path, names: str) -> None:
+    """Remove what killed processes left of writing what has `names`, a pattern of glob's, in a folder.
+
+    For those who know that nobody is writing there now.
+    """
+    for left in folder.glob(f".{names}.*{UNFINISHED}"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextmanager
 def staged_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """As `staged_file`, for a folder. Raises FileExistsError where `path` is no empty folder, unless `overwrite`."""
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".part"))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if overwrite and path.exists():
-            _exchange(temporary, path)
-        else:
-            try:
-                temporary.rename(path)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
-                raise _exists(path) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with naming(path):
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=UNFINISHED))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            if overwrite and path.exists():
+                _exchange(temporary, path)
+            else:
+                try:
+                    temporary.rename(path)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                        raise
+                    raise _exists(path) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from ldm.files import write_new
+from ldm.files import staged_file, write_new
 
 
 def test_file_appears_whole(tmp_path):
@@ -40,3 +40,17 @@ def test_nothing_is_written_over(tmp_path, monkeypatch, links):
         write_new(path, lambda file: file.write(b"second"))
     assert path.read_bytes() == b"first"
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_errors_tell_the_file_that_was_to_be(tmp_path):
+    """Not the temporary one beside it, and that of a full disk, which tells none, too."""
+    for path, error in [
+        (tmp_path / "absent" / "a.png", FileNotFoundError(2, "No such file", None)),
+        (tmp_path / "a.png", OSError(28, "No space left on device")),
+    ]:
+        with pytest.raises(OSError) as caught, staged_file(path):
+            raise error
+        assert caught.value.filename == str(path)
+    with pytest.raises(OSError) as caught, staged_file(tmp_path / "a.png"):
+        (tmp_path / "other").read_bytes()
+    assert caught.value.filename == str(tmp_path / "other")

@@ -406,6 +406,7 @@ def test_what_is_wrong_with_a_word(sd, tmp_path):
         (("", 1, None), "without blanks"),
         (("a toy", 1, None), "without blanks"),
         (("t", 1, None), "'t', is known already: use another, such as <t>"),
+        (("T", 1, None), "'T', is known already: use another, such as <T>"),
         (("<toy>", 0, None), f"a word of 0 vectors: use 1 to {LENGTH - 2}"),
         (("<toy>", LENGTH - 1, None), f"a word of {LENGTH - 1} vectors"),
         (("<toy>", 1, "a toy"), "'a toy', are 2 tokens: use 1 to 1, or more vectors"),

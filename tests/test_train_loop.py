@@ -22,7 +22,7 @@ from ldm.train.config import Optimizer, to_toml
 from ldm.train.diffusion import DiffusionTask
 from ldm.train.ema import EMA
 from ldm.train.feed import Feed, generator
-from ldm.train.loop import learning_rate
+from ldm.train.loop import Run, learning_rate
 from ldm.train.start import run
 
 
@@ -231,6 +231,59 @@ def test_a_folder_holds_one_run(tmp_path):
         run(read(tmp_path, VAE, "loop.steps=1"))
 
 
+def test_a_new_run_writes_over_nothing(tmp_path):
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    for name in ("vae.safetensors", "metrics.jsonl", "curves.png"):
+        (folder / name).write_bytes(b"precious")
+        for resume in (False, True):
+            with pytest.raises(RequestError, match=rf"vae/{name} is there already, and would be written over"):
+                run(read(tmp_path, VAE, "loop.steps=1"), resume=resume)
+        assert (folder / name).read_bytes() == b"precious"
+        (folder / name).unlink()
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(RequestError, match=r"pictures/run, in data\.source: its samples would be learned from"):
+        run(read(tmp_path, VAE, f"data.source={tmp_path / 'pictures'}", "data.count=", "folder=pictures/run"))
+
+
+def test_a_finished_run_gives_its_result_again(tmp_path):
+    changes = ("loop.steps=2", "loop.keep=true")
+    whole = load(run(read(tmp_path, VAE, *changes)))
+    (tmp_path / "vae" / "vae.safetensors").unlink()
+    for name in ("vae.safetensors", "other.safetensors"):
+        again = run(read(tmp_path, VAE, *changes, f"output={name}"), resume=True)
+        assert again.name == name
+        assert all(torch.equal(tensor, whole[key]) for key, tensor in load(again).items())
+    config = (tmp_path / "vae" / "config.toml").read_bytes()
+    with pytest.raises(RequestError, match=r"loop\.steps is 1, and the run in .*vae has done 2: use 2 or more"):
+        run(read(tmp_path, VAE, "loop.steps=1"), resume=True)
+    assert (tmp_path / "vae" / "config.toml").read_bytes() == config
+
+
+def test_a_run_that_ends_at_a_save_draws_its_samples(tmp_path, monkeypatch):
+    """Whatever comes at a step comes before the state that says the step is done."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(read(tmp_path, VAE, "loop.steps=1"))
+    names = {"samples/samples-0000000.png", "samples/samples-0000001.png", "vae.safetensors", "curves.png"}
+    assert all((tmp_path / "vae" / name).is_file() for name in names)
+    assert not (tmp_path / "vae" / "state.pt").exists()
+
+
+def test_a_run_that_fails_at_its_first_samples_is_none_yet(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "look", lambda *args: (_ for _ in ()).throw(RequestError("no such LoRA")))
+        with pytest.raises(RequestError, match="no such LoRA"):
+            run(read(tmp_path, VAE, "loop.steps=1"))
+    assert run(read(tmp_path, VAE, "loop.steps=1")).is_file()
+
+
+def test_cpus_do_not_train_in_float16(tmp_path):
+    with pytest.raises(RequestError, match=r"'float16', in which CPUs do not train: use bfloat16 or float32"):
+        run(read(tmp_path, VAE, "loop.precision=float16"))
+
+
 def test_going_on_with_other_settings(tmp_path, caplog):
     """They are told by their whole names, take effect, and are not written where the run does not go on."""
     changes = ("loop.save_every=2", "loop.sample_every=9", "optimizer.weight_decay=0.5")
@@ -279,10 +332,12 @@ def test_processes_share_a_batch(tmp_path):
 def test_what_a_killed_process_left_is_removed(tmp_path):
     folder = tmp_path / "vae"
     (folder / ".vae.safetensors.x1.part").mkdir(parents=True)
-    for name in (".state.pt.x2.part", ".notes.part"):
+    (folder / "samples").mkdir()
+    left = (".state.pt.x2.part", ".vae-0000004.safetensors.x3.part", "samples/.samples-0000004.png.x4.part")
+    for name in (*left, ".notes.part"):
         (folder / name).touch()
     run(read(tmp_path, VAE, "loop.steps=1"))
-    assert [path.name for path in folder.glob("*.part")] == [".notes.part"]
+    assert [path.name for path in folder.rglob("*.part")] == [".notes.part"]
 
 
 def test_nothing_to_resume_is_told(tmp_path, caplog):

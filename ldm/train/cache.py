@@ -14,6 +14,8 @@ from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ldm.checkpoint.files import first_line
+from ldm.errors import LdmError
 from ldm.files import staged_file
 from ldm.images import to_tensor
 from ldm.models.text import TextEncoder
@@ -81,8 +83,11 @@ def open_cache(path: Path, vae: VAE, examples: Examples, sizes: Sizes, device: t
                 bar.update(len(pictures))
             latents[_name(size)] = rows
     tensors = {**latents, SOURCES: sources}
-    with staged_file(path, overwrite=True) as temporary:
-        save_file(tensors, temporary, {"key": key})
+    try:
+        with staged_file(path, overwrite=True) as temporary:
+            save_file(tensors, temporary, {"key": key})
+    except SafetensorError as error:  # which is what a full disk is to safetensors
+        raise LdmError(f"{path}: cannot be written; is there room on the disk? ({first_line(error)})") from error
     return Cache(tensors, sizes)
 
 

@@ -54,7 +54,7 @@ def start_inversion(
         raise RequestError("a word of this text encoder is learning already: use end_inversion first")
     if not re.fullmatch(r"\S+", token):
         raise RequestError(f"the word to learn is {token!r:.100}: use one without blanks, such as <toy>")
-    if token.lower() in text.triggers or token in text.tokenizer.get_vocab():
+    if token.lower() in text.triggers or len(list(chain(*text.units([token])[0]))) == 1:
         raise RequestError(f"the word to learn, {token!r:.100}, is known already: use another, such as <{token:.50}>")
     room = text.config.max_length - 2
     if not 1 <= vectors <= room:

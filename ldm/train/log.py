@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.errors import CheckpointError, printable
-from ldm.files import staged_file
+from ldm.files import naming, staged_file
 from ldm.train.config import METRICS, SAMPLES, TENSORBOARD
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ class RunLog:
         """Append a line; from then on killing the process does not lose it. No metric may be called step."""
         numbers = {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
-        self._metrics.flush()
+        with naming(self.folder / METRICS):
+            self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
+            self._metrics.flush()
         if self._board:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)

@@ -22,7 +22,7 @@ from ldm import __version__
 from ldm.checkpoint.convert import check_target
 from ldm.errors import LdmError, NumericalError, RequestError, printable
 from ldm.files import staged_file
-from ldm.train.config import ABOUT, CONFIG, STATE, Optimizer, TrainConfig, read_toml, to_table, to_toml
+from ldm.train.config import ABOUT, CONFIG, CURVES, METRICS, STATE, Optimizer, TrainConfig, read_toml, to_table, to_toml
 from ldm.train.curves import draw_curves
 from ldm.train.ema import EMA
 from ldm.train.feed import Batch, Feed
@@ -33,6 +33,7 @@ from ldm.train.task import Task
 log = logging.getLogger(__name__)
 
 PATIENCE = timedelta(days=1)  # of the other processes, while the first draws pictures or fills caches
+WRITTEN_OVER = (ABOUT, METRICS, CURVES)  # by a new run
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names
 
 
@@ -43,7 +44,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     partly = bool(config.vae.adversarial) or config.diffusion.clip_skip > 1
     some = DistributedDataParallelKwargs(find_unused_parameters=partly)
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=MIXED_PRECISION[config.loop.precision],
             kwargs_handlers=[some, InitProcessGroupKwargs(timeout=PATIENCE)],
         )
@@ -51,6 +52,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise RequestError(
             f"loop.precision is {config.loop.precision!r}, which this machine has not ({error})"
         ) from error
+    if config.loop.precision == "float16" and accelerator.device.type == "cpu":
+        raise RequestError("loop.precision is 'float16', in which CPUs do not train: use bfloat16 or float32")
+    return accelerator
 
 
 def train(config: TrainConfig, task: Task, batches: Any, accelerator: Accelerator, resume: bool) -> Path:
@@ -69,7 +73,8 @@ def train(config: TrainConfig, task: Task, batches: Any, accelerator: Accelerato
     is_main = accelerator.is_main_process
     if is_main:
         check_target(target, single=bool(target.suffix), overwrite=True)  # now, not at the first save
-        describe_run(folder, config)
+    if first > last:
+        raise RequestError(f"loop.steps is {last}, and the run in {folder} has done {first}: use {first} or more")
     with (
         closing(RunLog(folder, first + 1)) if is_main else nullcontext() as record,
         closing(feed.steps(first, last, config.data.workers)) as batches_ahead,
@@ -77,20 +82,24 @@ def train(config: TrainConfig, task: Task, batches: Any, accelerator: Accelerato
     ):
         if first == 0:
             run.look(record, 0)
+        if is_main:
+            describe_run(folder, config)
+        if first == last:  # all is done; the result may be lost, or wanted under another name
+            run.save_result(target, last)
         for step, micro_batches in enumerate(batches_ahead, first):
             values = run.step(micro_batches, step)
             bar.update()
             done = step + 1
             if done % config.loop.log_every == 0 or done == last:
                 _report(bar, record, done, run.mean(values), config)
+            if done % config.loop.sample_every == 0 or done == last:
+                run.look(record, done)
             if done % config.loop.save_every == 0 or done == last:
                 run.check_finite(done)  # before anything is replaced
                 run.save_result(target, done)
-                run.save(folder / STATE, done)
                 if is_main:
                     draw_curves(folder)
-            if done % config.loop.sample_every == 0 or done == last:
-                run.look(record, done)
+                run.save(folder / STATE, done)  # last: what is not done yet is done again by a run that goes on
     return target
 
 
@@ -217,10 +226,17 @@ def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
     return settings.learning_rate * warmup * decay
 
 
-def check_folder(folder: Path, resume: bool) -> None:
-    """Raises RequestError where another run is there."""
-    if (folder / CONFIG).is_file() and not resume:
+def check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
+    """Raises RequestError where another run is there, or what a run would write over, or learn from."""
+    a_run = any((folder / name).is_file() for name in (CONFIG, STATE))
+    if a_run and not resume:
         raise RequestError(f"{folder} holds a run already: go on with it by --resume, or choose another folder")
+    for name in () if a_run else (config.output, *WRITTEN_OVER):
+        if (path := folder / name).is_dir() or (path.is_file() and path.stat().st_size):
+            raise RequestError(f"{path} is there already, and would be written over: choose another folder")
+    source = Path(config.data.source)
+    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+        raise RequestError(f"folder is {folder}, in data.source: its samples would be learned from; use one outside")
     if resume and not (folder / STATE).is_file():
         log.warning("%s has no %s: there is nothing to go on with, so this begins at step 0", folder, STATE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ldm.checkpoint import Model
 from ldm.errors import RequestError
 from ldm.files import remove_unfinished
 from ldm.train.cache import open_cache
-from ldm.train.config import LATENTS, OF_A_RUN, PRIOR, TrainConfig
+from ldm.train.config import LATENTS, OF_A_RUN, PRIOR, SAMPLES, TrainConfig
 from ldm.train.data import Batches, Examples, assign, bucket_sizes, open_examples
 from ldm.train.diffusion import DiffusionTask
 from ldm.train.loop import check_folder, make_accelerator, train
@@ -31,11 +32,14 @@ def run(config: TrainConfig, resume: bool = False) -> Path:
             f"times loop.micro_batch, {micro_batch}"
         )
     folder, data = Path(config.folder), config.data
-    check_folder(folder, resume)
+    check_folder(folder, config, resume)
     folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        for name in (*OF_A_RUN, config.output):
-            remove_unfinished(folder / name)
+        output = glob.escape(Path(config.output).stem)
+        for names in (*OF_A_RUN, f"{output}*"):  # results that are kept have the step behind the stem
+            remove_unfinished(folder, names)
+        for below in (SAMPLES, PRIOR):
+            remove_unfinished(folder / below, "*")
     caption = data.caption if config.task == "diffusion" else ""  # an autoencoder reads none
     examples = open_examples(data.source, seed=data.seed, count=data.count, side=data.side, caption=caption)
     task, batches = TASKS[config.task](config, examples, accelerator)
@@ -86,7 +90,7 @@ def _model(config: TrainConfig, examples: Examples) -> Model:
     wanted = model.config.vae.latent_channels * (2 if settings.inpaint else 1) + settings.inpaint
     if (channels := model.config.unet.in_channels) != wanted:
         raise RequestError(
-            f"the U-Net of {config.model} has {channels} input channels, and learning "
+            f"the U-Net of {config.model or 'networks.unet'} has {channels} input channels, and learning "
             f"{'with' if settings.inpaint else 'without'} diffusion.inpaint by {settings.method!r} needs {wanted}"
         )
     return model

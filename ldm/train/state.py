@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from ldm.checkpoint.files import first_line
 from ldm.errors import CheckpointError
 from ldm.train.ema import EMA
 
@@ -65,7 +66,6 @@ def load_state(path: Path, module: nn.Module, optimizers: Optimizers, ema: EMA |
             accelerator.scaler.load_state_dict(state["scaler"])
         return state["step"]
     except Exception as error:  # what a damaged pickle raises may be anything
-        told = str(error).split("\n")[0]
         raise CheckpointError(
-            f"{path}: not the state of this run ({told:.200}); start anew in another folder"
+            f"{path}: not the state of this run ({first_line(error)}); start anew in another folder"
         ) from error
