@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from ldm.cli.app import Parser, exit_code
 from ldm.errors import RequestError
 from ldm.files import made_folder, staged_folder
-from ldm.train.shapes import KINDS, NEW_SHAPES, SHAPES, SPLITS, draw_scene
+from ldm.train.shapes import KINDS, NEW_SHAPES, SHAPES, SIDES, SPLITS, draw_scene
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,12 +38,16 @@ def build_parser() -> Parser:
 
 
 def draw(args: Namespace) -> None:
-    if args.count < 1 or args.side < 8:
-        raise RequestError(f"--count is {args.count} and --side {args.side}: use 1 or more, and 8 or more")
+    if args.count < 1 or args.side not in SIDES:
+        raise RequestError(
+            f"--count is {args.count} and --side {args.side}: use 1 or more, and {SIDES[0]} to {SIDES[-1]}"
+        )
     if args.shape and args.kind not in (None, "one"):
         raise RequestError(f"--shape is for pictures of one thing, --kind is {args.kind}: leave one of both out")
+    if os.path.lexists(args.folder):
+        raise RequestError(f"{args.folder} exists: give a new folder")
     lines = []
-    with made_folder(args.folder.parent), staged_folder(args.folder) as folder:
+    with made_folder(args.folder), staged_folder(args.folder) as folder:
         for number in tqdm(range(args.count), unit="picture"):
             scene = draw_scene(args.seed, number, args.split, "one" if args.shape else args.kind)
             if args.shape:

@@ -6,7 +6,9 @@ import json
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from ldm.cli.app import Parser, exit_code
@@ -107,14 +109,24 @@ def measure_pictures(args: Namespace) -> None:
         for scale in args.cfg_scale
     ]
     settings = [Setting(request.sampler, request.steps, request.cfg_scale) for request in requests]
-    sd = StableDiffusion.load(args.model, device=args.device, dtype=args.dtype)
-    if args.lora:
-        sd.load_lora(args.lora)
-    judged = evaluate(sd, settings, kinds, args.prompts // len(kinds), args.seed, args.batch_size)
-    print(table(judged), end="")
-    if args.out:
-        with made_folder(args.out):
+    with made_folder(args.out) if args.out else nullcontext():
+        if args.out:
+            check_writable(args.out)
+        sd = StableDiffusion.load(args.model, device=args.device, dtype=args.dtype)
+        if args.lora:
+            sd.load_lora(args.lora)
+        judged = evaluate(sd, settings, kinds, args.prompts // len(kinds), args.seed, args.batch_size)
+        print(table(judged), end="")
+        if args.out:
             write(args.out, judged)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises RequestError. To try it is the one sure way: permissions do not tell of a root user, or of /proc."""
+    try:
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise RequestError(f"{folder}: no file can be made there ({error.strerror}): give another --out") from error
 
 
 def write(folder: Path, judged: Sequence[Judged]) -> None:
@@ -153,9 +165,11 @@ def measure_folder(args: Namespace) -> None:
     device = pick_device(args.device)
     if args.reference:
         pictures, reference = (open_examples(source, caption="") for source in (args.images, args.reference))
-        print(f"FID {frechet_distance(pictures, reference, args.inception, device):.2f}")
+        distance, *counts = frechet_distance(pictures, reference, args.inception, device)
+        print(f"FID {distance:.2f}, n = {counts[0]} and {counts[1]}")
     if args.clip:
-        print(f"CLIP score {clip_score(open_examples(args.images), args.clip, device):.2f}")
+        score, count = clip_score(open_examples(args.images), args.clip, device)
+        print(f"CLIP score {score:.2f}, n = {count}")
 
 
 OF_FOLDERS = ("reference", "inception", "clip")

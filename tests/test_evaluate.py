@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -12,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 from torchmetrics.image import fid
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from ldm import Request
+from ldm import Request, StableDiffusion
+from ldm.errors import CheckpointError, RequestError
 from ldm.train.data import open_examples
 from ldm.train.evaluate import (
     ALL_KINDS,
@@ -176,8 +180,88 @@ def test_clip_score_is_the_mean_cosine(clip_folder, folder):
         a, b = (features[0].double().numpy() for features in (seen, read))
         cosines.append(a @ b / np.sqrt((a @ a) * (b @ b)))
     assert min(cosines) < -0.01 and max(cosines) > 0.01
-    told = clip_score(examples, clip_folder, torch.device("cpu"))
+    told, count = clip_score(examples, clip_folder, torch.device("cpu"))
     assert told == pytest.approx(100 * np.maximum(cosines, 0).mean(), rel=1e-4)
+    assert count == 3
+
+
+def cut(*pictures: Path) -> None:
+    """Leave a picture its header and little else."""
+    for picture in pictures:
+        picture.write_bytes(picture.read_bytes()[:60])
+
+
+def test_broken_pictures_have_no_part_in_scores(main, clip_folder, folder, capsys, caplog):
+    arguments = ["--images", str(folder), "--clip", str(clip_folder), "--device", "cpu"]
+    cut(folder / "1.png")
+    assert main(arguments) == 0
+    assert re.fullmatch(r"CLIP score [0-9]+\.[0-9]{2}, n = 2\n", capsys.readouterr().out)
+    assert "1.png: " in caplog.text and "takes its place" not in caplog.text
+    cut(*folder.glob("*.png"))
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    last = printed.err.splitlines()[-1]
+    assert last.startswith(f"evaluate: {folder}: 3 of 3 pictures are broken and left out: 0.png (") and not printed.out
+
+
+def changed(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def without_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["visual_projection.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+CLIP_DAMAGES = {
+    "junk": lambda folder: (folder / "model.safetensors").write_bytes(b"junk" * 100),
+    "cut off": lambda folder: os.truncate(folder / "model.safetensors", 9000),
+    "config is a list": lambda folder: (folder / "config.json").write_text("[]"),
+    "another width": lambda folder: changed(folder, projection_dim=8),
+    "config of BERT": lambda folder: (folder / "config.json").write_text('{"model_type": "bert", "hidden_size": 32}'),
+    "a tensor less": without_a_tensor,
+    "pictures of another size": lambda folder: [
+        path.write_text(re.sub(r'"(height|width|shortest_edge)": 32', r'"\1": 48', path.read_text()))
+        for path in folder.glob("*processor*")
+    ],
+    "processor is a list": lambda folder: [path.write_text("[]") for path in folder.glob("*processor*")],
+}
+
+
+@pytest.mark.parametrize("damage", CLIP_DAMAGES.values(), ids=CLIP_DAMAGES)
+def test_a_damaged_clip_is_an_error_in_a_line(clip_folder, folder, capfd, damage):
+    damage(clip_folder)
+    capfd.readouterr()
+    with pytest.raises(CheckpointError) as error:
+        clip_score(open_examples(str(folder)), clip_folder, torch.device("cpu"))
+    assert str(error.value).startswith(f"{clip_folder}: not a folder of a CLIP model and its processor (")
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""  # transformers would tell, in a table
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file", "file: File exists"),
+        ("file/below", "file/below: Not a directory"),
+        ("/proc/x", "/proc/x: "),
+        ("/proc", "/proc: no file can be made there ("),
+    ],
+)
+def test_where_results_go_is_tried_first(main, tmp_path, monkeypatch, capsys, out, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(StableDiffusion, "load", lambda *_, **__: pytest.fail("it loads a model"))
+    assert main(["--out", out]) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith(f"evaluate: {message}") and error.count("\n") == 1
+
+
+def test_a_failure_leaves_no_folder(main, tmp_path):
+    assert main(["--out", str(tmp_path / "new" / "out"), "--model", "nowhere"]) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -233,8 +317,25 @@ def test_fid_is_that_of_the_formula(tmp_path, monkeypatch):
     (tmp_path / "weights.pth").touch()
     monkeypatch.setattr(fid, "FrechetInceptionDistance", lambda **_: FrechetInceptionDistance(feature=MeanColour()))
     made, real = (open_examples(str(tmp_path / name), caption="") for name in ("made", "real"))
-    told = frechet_distance(made, real, tmp_path / "weights.pth", torch.device("cpu"))
+    told, *counts = frechet_distance(made, real, tmp_path / "weights.pth", torch.device("cpu"))
     assert told == pytest.approx(expected.real, rel=1e-3)
+    assert counts == [7, 7]
+    cut(*(tmp_path / "real" / f"{number}.png" for number in range(6)))
+    with pytest.raises(RequestError, match=r"two whole pictures .*/made: 7 pictures; .*/real: 6 of 7 pictures"):
+        frechet_distance(made, real, tmp_path / "weights.pth", torch.device("cpu"))
+
+
+def test_damaged_weights_of_inception_are_an_error_in_a_line(folder, tmp_path, monkeypatch):
+    (tmp_path / "weights.pth").write_bytes(b"junk")
+
+    def load(feature_extractor_weights_path):
+        torch.load(feature_extractor_weights_path)
+
+    monkeypatch.setattr(fid, "FrechetInceptionDistance", load)
+    examples = open_examples(str(folder))
+    with pytest.raises(CheckpointError, match=r"weights.pth: not the weights of Inception \(") as error:
+        frechet_distance(examples, examples, tmp_path / "weights.pth", torch.device("cpu"))
+    assert "\n" not in str(error.value)
 
 
 def test_fid_without_its_package_says_what_to_install(main, folder, tmp_path, capsys, monkeypatch):

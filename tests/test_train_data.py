@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -20,14 +21,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.errors import ImageError, RequestError
 from ldm.images import load_image
-from ldm.train import data, shards
+from ldm.train import data, prior, shards
 from ldm.train.cache import open_cache
+from ldm.train.config import read_train_config
 from ldm.train.data import Batches, assign, bucket_sizes, fit, load_example, open_examples
 from ldm.train.shapes import draw_scene
 
@@ -99,7 +102,7 @@ def test_shapes_are_scenes_of_the_world():
     assert examples.broken == {}
 
 
-@pytest.mark.parametrize("options", [{}, {"count": 0}, {"count": 4, "side": 0}])
+@pytest.mark.parametrize("options", [{}, {"count": 0}, {"count": 4, "side": 0}, {"count": 4, "side": 8193}])
 def test_shapes_need_a_count(options):
     with pytest.raises(RequestError, match="expected a count of scenes"):
         open_examples("shapes", **options)
@@ -212,6 +215,7 @@ def test_broken_pictures_are_named_and_replaced_by_the_next(tmp_path, caplog, ki
         expected = BROKEN[os.path.basename(name)[1:]][1]
         assert any(each in reason for each in expected.split("|")), reason
         assert caplog.text.count(os.path.basename(name)) == 1
+        assert "takes its place" not in caplog.text  # whoever asked may skip it
         assert "0x" not in reason
     assert "8 of 10 pictures are broken" in examples.summary()
     assert "and 3 more" in examples.summary()
@@ -261,6 +265,39 @@ def test_what_is_no_plain_picture_is_told(tmp_path, caplog, monkeypatch):
     assert "more than the 2,000 that are allowed" in examples.broken["large.png"]
     assert "UTF-8" in examples.broken["latin.png"]
     assert "left out, no pictures: 2 .heic" in caplog.text
+
+
+def test_folders_that_are_not_read_are_told(tmp_path, caplog, monkeypatch):
+    source = folder(tmp_path / "source", {"a.png": encoded(), "b/c.png": encoded(), "locked/d.png": encoded()})
+    folder(tmp_path / "outside", {"e.png": encoded()})
+    (tmp_path / "source" / "b" / "more").symlink_to(tmp_path / "outside")
+    (tmp_path / "source" / "loop").symlink_to(tmp_path / "source")
+    (tmp_path / "source" / ".hidden").symlink_to(tmp_path / "outside")
+    scandir = os.scandir
+
+    def refuse(path):  # chmod would not keep a root user out
+        if os.path.basename(path) == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patches, caplog.at_level(logging.WARNING):
+        patches.setattr(os, "scandir", refuse)
+        examples = open_examples(source, caption="")
+    assert [examples.name(i) for i in range(len(examples))] == ["a.png", "b/c.png"]
+    [told] = [record.getMessage() for record in caplog.records]
+    assert told == f"{source}: 3 folders left out: loop (a link), b/more (a link), locked (Permission denied)"
+
+
+def test_files_that_cannot_be_looked_at_are_told(tmp_path):
+    """Nor is a picture without its caption learned from with another."""
+    source = folder(tmp_path, {"a.png": encoded(), "b.png": encoded(), "c.png": encoded()})
+    (tmp_path / "b.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "d.png").symlink_to("x" * 300)
+    (tmp_path / "c.txt").mkdir()  # is no caption
+    examples = open_examples(source, caption="default")
+    assert [examples.name(i) for i in range(len(examples))] == ["a.png", "c.png"]
+    assert examples.broken["b.png"] == "cannot be read (No such file or directory)"
+    assert examples.broken["d.png"] == "cannot be read (File name too long)"
 
 
 @pytest.mark.parametrize(
@@ -385,6 +422,16 @@ def test_shards_of_every_format(tmp_path, format):
     assert found[f"{unicode}.png"][1] == (0, 0, 0)
     with pytest.raises(RequestError, match="2 of 7 pictures have no caption"):
         open_examples(source)
+
+
+def test_other_files_of_shards_are_counted_and_named(tmp_path, caplog):
+    tar(tmp_path / "0.tar", {"0.png": encoded(), "0.txt": "", "0.seg.png": encoded(), "5.AVIF": b"", ".hidden": b""})
+    tar(tmp_path / "1.tar", {"1.png": encoded(), "6.avif": b"", "README": b""})
+    source = str(tmp_path / "*.tar")
+    with caplog.at_level(logging.WARNING):
+        assert len(open_examples(source, caption="")) == 2
+    [told] = [record.getMessage() for record in caplog.records]
+    assert told == f"{source}: left out, no pictures: 1 .seg.png, 2 .avif, 1 without an ending"
 
 
 def test_offsets_are_those_of_tarfile(tmp_path):
@@ -857,3 +904,39 @@ def test_cache_follows_its_pictures(tmp_path):
         examples, cache = cached()
         assert cache.sources == [1, 1, 2] and torch.equal(cache[0], cache[1])
     assert vae.calls == 3 and examples.caption(cache.sources[0]) == "lime"
+
+
+# ------------------------------------------------------------------------------------------------------------- prior
+
+
+class Drawn:
+    """Stands in for the pipeline."""
+
+    def __init__(self, *_):
+        self.resolve = lambda request: request
+        self.generate = lambda request: [Image.new("RGB", (8, 8), "red")]
+
+
+@pytest.mark.parametrize("lost", [("0.png",), ("0.txt",), ("0.png", "0.txt"), ()])
+def test_what_a_prior_lacks_is_drawn_again(tmp_path, monkeypatch, lost):
+    (tmp_path / "t.toml").write_text(
+        'task = "diffusion"\nfolder = "run"\nmodel = "m"\n[data]\nsource = "s"\n[loop]\nsteps = 1\nbatch_size = 1\n'
+    )
+    config = read_train_config(tmp_path / "t.toml", ['prior.prompts=["a", "b"]', "prior.count=3"])
+    monkeypatch.setattr(prior, "StableDiffusion", Drawn)
+    networks = {name: torch.nn.Linear(1, 1) for name in ("unet", "vae", "text")}
+    model = SimpleNamespace(**networks, config=SimpleNamespace(schedule=None))
+
+    def draw():
+        return prior.draw_prior(tmp_path, model, config, Accelerator(cpu=True))
+
+    drawn = draw()
+    written = {path.name: path.stat().st_mtime_ns for path in drawn.iterdir()}
+    assert sorted(written) == ["0.png", "0.txt", "1.png", "1.txt", "2.png", "2.txt"]
+    for name in lost:
+        (drawn / name).unlink()
+    assert draw() == drawn
+    examples = open_examples(str(drawn))
+    assert [examples.caption(i) for i in range(len(examples))] == ["a", "b", "a"]
+    again = {path.name for path in drawn.iterdir() if path.stat().st_mtime_ns != written[path.name]}
+    assert again == ({"0.png", "0.txt"} if lost else set())

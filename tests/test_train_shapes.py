@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -116,4 +117,44 @@ def test_drawing_a_folder(tmp_path):
     assert len(lines) == 3 and all("moon" in line["text"] for line in lines)
     assert len(open_examples(str(folder))) == 3
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 1 and again.stderr.splitlines()[-1].startswith("draw_shapes: ")
+    assert (again.returncode, again.stderr) == (2, f"draw_shapes: {folder} exists: give a new folder\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["taken"], "taken exists: give a new folder"),
+        (["file.safetensors"], "file.safetensors exists: give a new folder"),
+        (["link"], "link exists: give a new folder"),
+        (["."], ". exists: give a new folder"),
+        (["file.safetensors/new"], "file.safetensors/new: Not a directory"),
+        (["/proc/new"], "/proc/new: "),
+        (["x" * 300], f"{'x' * 300}: File name too long"),
+        (["new", "--side", "100000"], "--count is 20 and --side 100000: use 1 or more, and 8 to 8192"),
+        (["new", "--side", "7"], "--count is 20 and --side 7: use 1 or more, and 8 to 8192"),
+    ],
+)
+def test_what_cannot_be_written_is_not_drawn(tmp_path, monkeypatch, capsys, arguments, message):
+    main = runpy.run_path(str(ROOT / "scripts" / "draw_shapes.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "draw_scene", lambda *_: pytest.fail("it draws"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").touch()
+    (tmp_path / "file.safetensors").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(arguments) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith(f"draw_shapes: {message}") and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_failure_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    main = runpy.run_path(str(ROOT / "scripts" / "draw_shapes.py"))["main"]
+
+    def fail(*_):
+        raise RequestError("it fails")
+
+    monkeypatch.setitem(main.__globals__, "draw_scene", fail)
+    assert main([str(tmp_path / "new" / "moons")]) == 2
+    assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ from PIL.ExifTags import Base as Tag
 from ldm.checkpoint.files import parse_json
 from ldm.errors import CheckpointError, ImageError, RequestError, printable
 from ldm.images import FORMATS, load_image, open_header
-from ldm.train.shapes import Scene, draw_scene
+from ldm.train.shapes import SIDES, Scene, draw_scene
 from ldm.train.shards import (
     METADATA,
     MOST_CAPTION_BYTES,
@@ -31,7 +31,6 @@ from ldm.train.shards import (
     Files,
     Span,
     caption_in,
-    find_shards,
     folder_files,
     shard_files,
     some,
@@ -99,7 +98,7 @@ def open_examples(
     if os.path.isdir(source):
         return Pictures(source, folder_files(Path(source)), caption)
     if ".tar" in source:
-        return Pictures(source, (f for path in find_shards(source) for f in shard_files(path)), caption)
+        return Pictures(source, shard_files(source), caption)
     raise RequestError(f"{printable(source)}: no such folder; give shapes, a folder of pictures, or shards (*.tar)")
 
 
@@ -126,9 +125,10 @@ class Shapes:
     """Scenes 0 … count - 1 of the shapes world's training split."""
 
     def __init__(self, seed: int, count: int | None, side: int):
-        if count is None or count < 1 or side < 8:
+        if count is None or count < 1 or side not in SIDES:
             raise RequestError(
-                f"shapes: expected a count of scenes (1 or more) and a side of 8 pixels or more, got {count} and {side}"
+                f"shapes: expected a count of scenes (1 or more) and a side of {SIDES[0]} to {SIDES[-1]} pixels, "
+                f"got {count} and {side}"
             )
         self.seed, self.count, self.side = seed, count, side
         self.broken: dict[str, str] = {}
@@ -203,7 +203,7 @@ class Pictures:
         except ImageError as error:
             message = f"{printable(item.name)}: {error}"
             if item.name not in self.broken:
-                log.warning("%s; the next picture takes its place", message)
+                log.warning("%s; left out", message)
                 self.broken[item.name] = str(error)
             raise ImageError(message) from error
 

@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.checkpoint.files import first_line
 from ldm.diffusion import Level, Prediction, samplers
 from ldm.diffusion.guidance import guide
 from ldm.diffusion.prediction import denoiser
-from ldm.errors import CheckpointError, ImageError, RequestError
+from ldm.errors import CheckpointError, ImageError, RequestError, is_out_of_memory
 from ldm.images import grid, to_tensor
 from ldm.pipeline import StableDiffusion
 from ldm.request import Request
@@ -192,12 +193,16 @@ def vae_fidelity(sd: StableDiffusion, count: int, seed: int) -> dict[str, float]
     return {"PSNR": sum(psnrs) / count, "SSIM": sum(ssims) / count}
 
 
-def frechet_distance(pictures: Examples, reference: Examples, weights: Path, device: torch.device) -> float:
-    """FID (Heusel et al. 2017, arXiv:1706.08500) between two sets of pictures, of 2048 features.
+def frechet_distance(
+    pictures: Examples, reference: Examples, weights: Path, device: torch.device
+) -> tuple[float, int, int]:
+    """FID (Heusel et al. 2017, arXiv:1706.08500) between two sets of pictures, of 2048 features; how many are in each.
 
     weights: torch-fidelity's file of the Inception network, pt_inception-2015-12-05-6726825d.pth. Raises RequestError
-    where a package is missing, CheckpointError where the file is.
+    where a package is missing or pictures are, CheckpointError where the file is, or is damaged.
     """
+    if min(len(pictures), len(reference)) < 2:
+        raise _too_few(pictures, reference)
     if not weights.is_file():
         raise CheckpointError(f"{weights}: no such file; FID needs pt_inception-2015-12-05-6726825d.pth")
     try:
@@ -206,36 +211,67 @@ def frechet_distance(pictures: Examples, reference: Examples, weights: Path, dev
         metric = FrechetInceptionDistance(feature_extractor_weights_path=str(weights)).to(device)
     except ImportError as error:
         raise RequestError("FID needs two packages: pip install 'ldm[evaluate]' torch-fidelity") from error
+    except Exception as error:  # torch raises anything for a damaged file
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{weights}: not the weights of Inception ({first_line(error)})") from error
     for examples, real in ((pictures, False), (reference, True)):
-        if len(examples) < 2:
-            raise RequestError(f"FID needs two pictures or more on either side: got {examples.summary()}")
         for image, _ in _loaded(examples):
             metric.update(image.to(device), real=real)
-    return metric.compute().item()
+    counts = int(metric.fake_features_num_samples), int(metric.real_features_num_samples)
+    if min(counts) < 2:  # some turned out to be broken
+        raise _too_few(pictures, reference)
+    return metric.compute().item(), *counts
+
+
+def _too_few(*sides: Examples) -> RequestError:
+    told = "; ".join(examples.summary() for examples in sides)
+    return RequestError(f"FID needs two whole pictures or more on either side: got {told}")
 
 
 @torch.no_grad()
-def clip_score(pictures: Examples, model: Path, device: torch.device) -> float:
-    """The mean of 100 · max(cos(picture, caption), 0) in a CLIP model (Hessel et al. 2021, arXiv:2104.08718).
+def clip_score(pictures: Examples, model: Path, device: torch.device) -> tuple[float, int]:
+    """The mean of 100 · max(cos(picture, caption), 0) in a CLIP model (Hessel et al. 2021, arXiv:2104.08718); of how
+    many pictures.
 
     model: a folder with a CLIPModel of transformers, in safetensors, and its processor. Captions are cut at the model's
-    length. Raises CheckpointError where it is none.
+    length. Raises CheckpointError where it is none, RequestError where all pictures are broken.
     """
-    from transformers import CLIPModel, CLIPProcessor
-
-    try:
-        clip: torch.nn.Module = CLIPModel.from_pretrained(model, local_files_only=True, use_safetensors=True)
-        processor = CLIPProcessor.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{model}: not a folder of a CLIP model and its processor ({reason})") from error
+    clip, processor = _load_clip(model)
     clip.to(device)
     scores = []
     for image, caption in _loaded(pictures):
         inputs = processor(text=[caption], images=image, return_tensors="pt", truncation=True).to(device)
         outputs = clip(**inputs)
         scores.append(100 * F.cosine_similarity(outputs.image_embeds, outputs.text_embeds).clamp(min=0).item())
-    return sum(scores) / len(scores)
+    if not scores:
+        raise RequestError(pictures.summary())
+    return sum(scores) / len(scores), len(scores)
+
+
+def _load_clip(folder: Path) -> tuple[torch.nn.Module, Any]:
+    """A CLIP model and its processor, after a trial. Raises CheckpointError."""
+    from transformers import CLIPModel, CLIPProcessor, logging
+
+    logging.set_verbosity_error()  # it warns at length of what is an error here
+    logging.disable_progress_bar()
+    try:
+        answer: Any = CLIPModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        clip, loaded = answer
+        made_up = sorted([*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])])
+        if made_up:
+            raise CheckpointError(f"{len(made_up)} tensors are missing or of another shape, such as {made_up[0]}")
+        processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+        clip(**processor(text=["a"], images=Image.new("RGB", (8, 8)), return_tensors="pt"))
+    except Exception as error:  # transformers raises anything for a damaged folder
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{folder}: not a folder of a CLIP model and its processor ({first_line(error)})"
+        ) from error
+    return clip, processor
 
 
 def _loaded(examples: Examples) -> Iterator[tuple[Tensor, str]]:

@@ -73,7 +73,11 @@ def draw_prior(parent: Path, model: Model, config: TrainConfig, accelerator: Acc
     sd = StableDiffusion(*networks, model.config, "prior", device, torch.float32)
     requests = [sd.resolve(request) for request in requests]
     folder = parent / fingerprint(networks, model.config.schedule, requests, config.loop.precision)[:12]
-    missing = [request for request in requests if not (folder / f"{request.seed}.txt").is_file()]
+    missing = [
+        request
+        for request in requests
+        if not all((folder / f"{request.seed}.{ending}").is_file() for ending in ("png", "txt"))
+    ]
     if not missing:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +88,7 @@ def draw_prior(parent: Path, model: Model, config: TrainConfig, accelerator: Acc
             [picture] = sd.generate(request)
         with staged_file(folder / f"{request.seed}.png", overwrite=True) as temporary:
             picture.save(temporary, format="PNG")
-        with staged_file(folder / f"{request.seed}.txt") as temporary:  # last: it tells that the picture is there
+        with staged_file(folder / f"{request.seed}.txt", overwrite=True) as temporary:
             temporary.write_text(request.prompt, encoding="utf-8")
     for network in networks:
         network.cpu()

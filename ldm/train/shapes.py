@@ -17,6 +17,8 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
+from ldm.request import MAX_SIZE
+
 COLOURS = {
     "red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (250, 220, 50),
     "orange": (250, 130, 30), "purple": (140, 60, 180), "pink": (250, 150, 190), "white": (245, 245, 245),
@@ -70,6 +72,7 @@ SIZES = {1: {"small": 0.2, "large": 0.38}, 2: {"small": 0.125, "large": 0.19}, 3
 HOLDERS = ("circle", "square", "diamond", "heart")  # shapes that another fits into
 STRIPES = 8  # across a picture
 SUPERSAMPLING = 4
+SIDES = range(8, MAX_SIZE + 1)  # pixels
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import stat
 import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -99,10 +100,10 @@ class Files:
 def folder_files(root: Path) -> Iterator[Files]:
     """The pictures below a folder, by name, and after them those that a metadata.jsonl names but are not there.
 
-    Hidden files are skipped. Raises RequestError for a line of metadata that cannot be read.
+    Hidden files are skipped; what else is left out is told. Raises RequestError for a line of metadata that cannot be
+    read.
     """
-    paths = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if not path.is_dir()}
-    paths = {name: path for name, path in paths.items() if not re.search(r"(^|/)\.", name)}
+    paths = {path.relative_to(root).as_posix(): path for path in sorted(_walk(root))}
     listed: dict[str, str] = {}
     for name, path in paths.items():
         if path.name == METADATA:
@@ -111,18 +112,45 @@ def folder_files(root: Path) -> Iterator[Files]:
     for name, path in paths.items():
         suffix = path.suffix.lower()
         if suffix[1:] in PICTURES:
-            texts = [_whole(text) for ending in TEXTS if (text := path.with_suffix(ending)).is_file()]
+            beside = (path.with_suffix(ending).relative_to(root).as_posix() for ending in TEXTS)
+            texts = [_whole(paths[text]) for text in beside if text in paths]
             yield Files(name, _whole(path), listed.pop(name, None), texts[0] if texts else None)
         elif suffix not in TEXTS and path.name != METADATA:
-            others[suffix or "without an ending"] += 1
+            others[suffix] += 1
     for name in listed:
         yield Files(name, f"named in {METADATA}, but no picture that is there")
-    if others:
-        log.warning("%s: left out, no pictures: %s", root, some([f"{n} {suffix}" for suffix, n in others.items()]))
+    _tell_others(str(root), others)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """The files below a folder that are not hidden. Links to folders could lead in a circle, or anywhere."""
+    left: list[str] = []
+
+    def tell(error: OSError) -> None:
+        left.append(f"{os.path.relpath(error.filename, root)} ({error.strerror})")
+
+    for folder, subfolders, files in os.walk(root, onerror=tell):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        links = [path for name in subfolders if (path := Path(folder, name)).is_symlink()]
+        left += [f"{path.relative_to(root).as_posix()} (a link)" for path in links]
+        yield from (Path(folder, name) for name in files if not name.startswith("."))
+    if left:
+        log.warning("%s: %d folders left out: %s", printable(str(root)), len(left), some(left))
 
 
 def _whole(path: Path) -> Span | str:
-    return Span(path, 0, path.stat().st_size) if path.is_file() else "a broken link, or no plain file"
+    try:
+        status = path.stat()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return Span(path, 0, status.st_size) if stat.S_ISREG(status.st_mode) else "no plain file"
+
+
+def _tell_others(source: str, others: Counter[str]) -> None:
+    """others: how many files there are of each ending that is neither a picture's nor a caption's."""
+    if others:
+        kinds = [f"{number} {suffix or 'without an ending'}" for suffix, number in others.items()]
+        log.warning("%s: left out, no pictures: %s", printable(source), some(kinds))
 
 
 def read_metadata(path: Path, folder: str = "") -> dict[str, str]:
@@ -167,9 +195,20 @@ def caption_in(content: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------ shards
 
 
-def shard_files(path: Path) -> Iterator[Files]:
-    """The examples of a WebDataset shard, in its order; one more, which is broken, where the shard is damaged."""
-    shard = index_shard(path, {*PICTURES, "txt", "json"})
+def shard_files(pattern: str) -> Iterator[Files]:
+    """The examples of WebDataset shards, in their order; one more, which is broken, for each shard that is damaged.
+
+    Raises RequestError where a shard is absent.
+    """
+    others: Counter[str] = Counter()
+    for path in find_shards(pattern):
+        shard = index_shard(path, {*PICTURES, "txt", "json"})
+        others += shard.others
+        yield from _examples(path, shard)
+    _tell_others(pattern, others)
+
+
+def _examples(path: Path, shard: Shard) -> Iterator[Files]:
     for key, sample in shard.samples.items():
         suffixes = [suffix for suffix in sample if suffix in PICTURES]
         if len(suffixes) == 1:
@@ -184,11 +223,12 @@ def shard_files(path: Path) -> Iterator[Files]:
 class Shard:
     """What is in a shard.
 
-    samples: of each key, its files by what follows the key (lower case), or why a file is of no use. fault: why the
-    rest of the shard could not be read, if so.
+    samples: of each key, its files by what follows the key (lower case), or why a file is of no use. others: how many
+    there are of each ending that is not wanted. fault: why the rest of the shard could not be read, if so.
     """
 
     samples: dict[str, dict[str, Span | str]] = field(default_factory=dict)
+    others: Counter[str] = field(default_factory=Counter)
     fault: str | None = None
 
 
@@ -255,7 +295,10 @@ def _index(raw: io.RawIOBase, path: Path, wanted: Collection[str], shard: Shard)
             folder, slash, base = member.name.rpartition("/")
             key, _, suffix = base.partition(".")
             suffix = suffix.lower()
-            if not key or suffix not in wanted or member.isdir():
+            if not key or member.isdir():
+                continue
+            if suffix not in wanted:
+                shard.others[f".{suffix}" if suffix else ""] += 1
                 continue
             sample = shard.samples.setdefault(folder + slash + key, {})
             sample[suffix] = "it is in the shard twice" if suffix in sample else _span(member, path, end)
