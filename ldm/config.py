@@ -5,6 +5,7 @@ Nothing here imports torch; a config is data that every floor above may read. Si
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 # What people call the precisions that networks run and are stored in → torch's names for them.
@@ -14,6 +15,20 @@ DTYPES = {
 }  # fmt: skip
 
 MAX_CFG_SCALE = 1000
+ACTIVATIONS = ("quick_gelu", "gelu")  # of CLIP text encoders: OpenAI's, and others'
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raises ValueError."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r:.50}: use one of {', '.join(choices)}")
+
+
+def check_least(least: float, **values: float | None) -> None:
+    """Raises ValueError for a value that is less, or NaN; None is none."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} is {value}: use {least:g} or more")
 
 
 def _check_divides(part: str, parts: int, whole: str, size: int) -> None:
@@ -41,6 +56,7 @@ class UNetConfig:
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
+        check_least(1, in_channels=self.in_channels, out_channels=self.out_channels, context_dim=self.context_dim)
         _check_levels(self.channel_mult, self.blocks_per_level)
         for mult in self.channel_mult:
             _check_divides("heads", self.heads, "the width of a level", mult * self.channels)
@@ -60,6 +76,7 @@ class VAEConfig:
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
+        check_least(1, in_channels=self.in_channels, latent_channels=self.latent_channels)
         _check_levels(self.channel_mult, self.blocks_per_level)
         for mult in self.channel_mult:
             _check_divides("norm_groups", self.norm_groups, "the width of a level", mult * self.channels)
@@ -83,6 +100,9 @@ class TextConfig:
     activation: str = "quick_gelu"
 
     def __post_init__(self) -> None:
+        check_least(1, vocab_size=self.vocab_size, layers=self.layers, mlp_width=self.mlp_width)
+        check_least(3, max_length=self.max_length)  # tokens: the start, the end and what is between
+        check_choice("activation", self.activation, ACTIVATIONS)
         _check_divides("heads", self.heads, "width", self.width)
 
 
@@ -119,6 +139,11 @@ class ModelConfig:
         if unet.out_channels != vae.latent_channels:
             raise ValueError(
                 f"the U-Net makes {unet.out_channels} latent channels, the VAE reads {vae.latent_channels}"
+            )
+        if absent := [level for level in unet.attention_levels if not 0 <= level < len(unet.channel_mult)]:
+            raise ValueError(
+                f"the U-Net has {len(unet.channel_mult)} levels, from 0, and none that is {absent[0]}: change "
+                "attention_levels"
             )
         if not 0 < self.cfg_scale <= MAX_CFG_SCALE:  # false for NaN
             raise ValueError(f"cfg_scale is {self.cfg_scale}: use a positive number up to {MAX_CFG_SCALE}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from reprlib import repr as brief
 from typing import Any, NamedTuple
 
-from ldm.config import MAX_CFG_SCALE, SD_V1, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.config import ACTIVATIONS, MAX_CFG_SCALE, SD_V1, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.diffusion.prediction import PREDICTION_TYPES
 from ldm.diffusion.schedule import BETA_SCHEDULES
 from ldm.errors import CheckpointError
@@ -320,7 +320,7 @@ def text_from_json(json: Json, where: str) -> TextConfig:
         heads=read.integer("num_attention_heads"),
         mlp_width=read.integer("intermediate_size"),
         max_length=read.integer("max_position_embeddings"),
-        activation=read.choice("hidden_act", "quick_gelu", ("quick_gelu", "gelu")),
+        activation=read.choice("hidden_act", "quick_gelu", ACTIVATIONS),
     )
 
 

@@ -11,22 +11,15 @@
 
 from __future__ import annotations
 
-import sys
-import types
-from collections.abc import Collection, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from ldm.config import ModelConfig
+from ldm.config import ModelConfig, UNetConfig, check_choice, check_least
 from ldm.diffusion.prediction import PREDICTION_TYPES
-from ldm.errors import RequestError
 from ldm.request import Request
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from ldm.train.toml import build, read_toml, set_key, to_table
 
 TASKS = ("vae", "diffusion")
 METHODS = ("full", "lora", "textual_inversion")
@@ -34,18 +27,8 @@ STATE, CONFIG, ABOUT, LATENTS, PRIOR = "state.pt", "config.toml", "run.json", "l
 METRICS, CURVES, SAMPLES, TENSORBOARD = "metrics.jsonl", "curves.png", "samples", "tensorboard"
 OF_A_RUN = (STATE, CONFIG, ABOUT, LATENTS, PRIOR, METRICS, CURVES, SAMPLES, TENSORBOARD)  # in its folder
 MAX_SEED = 2**63 - 1
+MAX_OUTPUT_BYTES = 200  # of the 255 of a file's name: a kept result has its step in it, a temporary file yet more
 PRECISIONS = ("float32", "bfloat16", "float16")
-
-
-def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r:.50}: use one of {', '.join(choices)}")
-
-
-def _check_least(least: float, **values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} is {value}: use {least:g} or more")
 
 
 @dataclass(frozen=True)
@@ -64,8 +47,8 @@ class Data:
     workers: int = 2  # threads that read pictures ahead; 0 for none
 
     def __post_init__(self) -> None:
-        _check_least(1, count=self.count, side=self.side, crop=self.crop)
-        _check_least(0, workers=self.workers)
+        check_least(1, count=self.count, side=self.side, crop=self.crop)
+        check_least(0, workers=self.workers)
 
 
 @dataclass(frozen=True)
@@ -80,9 +63,9 @@ class Optimizer:
     clip: float = 1.0  # the largest norm of all gradients together; 0 for any
 
     def __post_init__(self) -> None:
-        _check_choice("decay", self.decay, ("constant", "cosine"))
-        _check_least(0, learning_rate=self.learning_rate, warmup=self.warmup, weight_decay=self.weight_decay)
-        _check_least(0, clip=self.clip)
+        check_choice("decay", self.decay, ("constant", "cosine"))
+        check_least(0, learning_rate=self.learning_rate, warmup=self.warmup, weight_decay=self.weight_decay)
+        check_least(0, clip=self.clip)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}: use two numbers from 0 to below 1")
 
@@ -103,9 +86,9 @@ class Loop:
     log_every: int = 10  # steps
 
     def __post_init__(self) -> None:
-        _check_choice("precision", self.precision, PRECISIONS)
-        _check_least(1, steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
-        _check_least(1, save_every=self.save_every, sample_every=self.sample_every, log_every=self.log_every)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_least(1, steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
+        check_least(1, save_every=self.save_every, sample_every=self.sample_every, log_every=self.log_every)
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}: use 0 to below 1")
 
@@ -123,7 +106,7 @@ class VAELoss:
     decoder_only: bool = False  # leaves latents what they are, for U-Nets that know them
 
     def __post_init__(self) -> None:
-        _check_least(0, **{f.name: getattr(self, f.name) for f in fields(self)})
+        check_least(0, **{f.name: getattr(self, f.name) for f in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -143,10 +126,10 @@ class Diffusion:
     vae: str | None = None  # a file or folder whose VAE to use, where there is no model
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHODS)
+        check_choice("method", self.method, METHODS)
         if self.prediction_type is not None:
-            _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        _check_least(0, offset_noise=self.offset_noise)
+            check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_least(0, offset_noise=self.offset_noise)
         if self.min_snr is not None and not self.min_snr > 0:
             raise ValueError(f"min_snr is {self.min_snr}: use more than 0, or leave it out (--set diffusion.min_snr=)")
         if not 0 <= self.caption_dropout <= 1:
@@ -161,9 +144,9 @@ class Lora:
     layout: str = "kohya"  # of the file; or "peft"
 
     def __post_init__(self) -> None:
-        _check_least(1, rank=self.rank)
-        _check_choice("layers", self.layers, ("attention", "attention+conv"))
-        _check_choice("layout", self.layout, ("kohya", "peft"))
+        check_least(1, rank=self.rank)
+        check_choice("layers", self.layers, ("attention", "attention+conv"))
+        check_choice("layout", self.layout, ("kohya", "peft"))
 
 
 @dataclass(frozen=True)
@@ -174,21 +157,24 @@ class Inversion:
     layout: str = "diffusers"  # of the file; or "automatic1111"
 
     def __post_init__(self) -> None:
-        _check_least(1, vectors=self.vectors)
-        _check_choice("layout", self.layout, ("diffusers", "automatic1111"))
+        check_least(1, vectors=self.vectors)
+        check_choice("layout", self.layout, ("diffusers", "automatic1111"))
 
 
 @dataclass(frozen=True)
 class Prior:
     """DreamBooth's prior preservation (arXiv:2208.12242): pictures of the class, made by the model before it learns."""
 
-    prompts: tuple[str, ...] = ()  # ("a photo of a dog",); several are taken in turn; no prior where there is none
+    # ("a photo of a dog",); several are taken in turn; no prior where there is none
+    prompts: tuple[str, ...] = field(default=(), metadata={"needed": True})
     count: int = 100
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_least(1, count=self.count)
-        _check_least(0, weight=self.weight)
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("one of prompts is empty: say what the class is, such as 'a photo of a dog'")
+        check_least(1, count=self.count)
+        check_least(0, weight=self.weight)
 
 
 @dataclass(frozen=True)
@@ -231,10 +217,9 @@ class TrainConfig:
         )  # fmt: skip
 
     def __post_init__(self) -> None:
-        _check_choice("task", self.task, TASKS)
+        check_choice("task", self.task, TASKS)
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed is {self.seed}: use 0 to {MAX_SEED}")
-        _check_choice("networks.schedule.prediction_type", self.networks.schedule.prediction_type, PREDICTION_TYPES)
         output = Path(self.output)
         folder = self.task == "diffusion" and self.diffusion.method == "full"  # may be one, of diffusers
         if (
@@ -244,10 +229,13 @@ class TrainConfig:
         ):
             told = ", or without a suffix for a diffusers folder" if folder else ""
             raise ValueError(f"output is {self.output!r:.100}: use a name that ends in .safetensors{told}")
+        if len(self.output.encode()) > MAX_OUTPUT_BYTES:
+            raise ValueError(f"output is {self.output!r:.50}…: use a name of at most {MAX_OUTPUT_BYTES} bytes")
         if self.output in OF_A_RUN:
             raise ValueError(f"output is {self.output!r}, as something else in a run's folder: use another name")
-        _check_choice("output_dtype", self.output_dtype, PRECISIONS)
+        check_choice("output_dtype", self.output_dtype, PRECISIONS)
         self._check_used()
+        self._check_networks()
         method = self.diffusion.method
         if method != "full" and self.model is None:
             raise ValueError(f"diffusion.method is {method!r}, which changes a model: give one with model")
@@ -255,11 +243,6 @@ class TrainConfig:
             raise ValueError("vae.decoder_only needs an encoder: give a model with model")
         if method == "textual_inversion" and not self.inversion.token:
             raise ValueError("diffusion.method is 'textual_inversion': give its new word with inversion.token")
-        if self.task == "diffusion" and self.model is None and self.networks.image_size != self.data.side:
-            raise ValueError(
-                f"networks.image_size is {self.networks.image_size} and data.side {self.data.side}: use the same, "
-                "the size of pictures that the model will draw"
-            )
         changed = self.diffusion.prediction_type or self.diffusion.zero_terminal_snr is not None
         if method == "full" and self.prior.prompts and changed:
             raise ValueError(
@@ -269,13 +252,37 @@ class TrainConfig:
         for name in ("flip", "random_crop"):
             if self.diffusion.cache and getattr(self.data, name):
                 raise ValueError(f"diffusion.cache and data.{name} do not go together: a picture has one encoding")
-        for prompt in (*self.samples.prompts, *self.prior.prompts):
-            self.request(prompt, self.samples.seed)
+        if self.task == "diffusion":
+            for prompt in ("", *self.samples.prompts, *self.prior.prompts):  # one at least, which tells of the side
+                self.request(prompt, self.samples.seed)
+
+    def _check_networks(self) -> None:
+        """Raises ValueError for new networks that this run cannot train."""
+        networks, settings = self.networks, self.diffusion
+        check_choice("networks.schedule.prediction_type", networks.schedule.prediction_type, PREDICTION_TYPES)
+        if networks.vae.in_channels != 3:
+            raise ValueError(f"networks.vae.in_channels is {networks.vae.in_channels}: use 3, as pictures have")
+        if self.task != "diffusion" or self.model is not None:
+            return
+        latents = networks.unet.out_channels
+        fitting = (latents, 2 * latents + 1) if settings.inpaint else (latents,)
+        if networks.unet.in_channels not in fitting:
+            raise ValueError(
+                f"networks.unet.in_channels is {networks.unet.in_channels}: use {' or '.join(map(str, fitting))} "
+                f"{'with' if settings.inpaint else 'without'} diffusion.inpaint"
+            )
+        if networks.image_size != self.data.side:
+            raise ValueError(
+                f"networks.image_size is {networks.image_size} and data.side {self.data.side}: use the same, "
+                "the size of pictures that the model will draw"
+            )
 
     def _check_used(self) -> None:
         """Raises ValueError for what is set although this run has no use for it."""
         diffusion = self.task == "diffusion"
         method = self.diffusion.method if diffusion else None
+        shapes, draws, has_prior = self.data.source == "shapes", bool(self.samples.prompts), bool(self.prior.prompts)
+        unet = [f"unet.{f.name}" for f in fields(UNetConfig) if f.name != "out_channels"]  # the channels of latents
         uses = {  # setting → what it is for, and whether this run is that
             "networks": ("new networks, not for a model", self.model is None),
             "vae": ("task 'vae'", not diffusion),
@@ -283,13 +290,20 @@ class TrainConfig:
             "networks.vae": ("task 'vae'; diffusion.vae has its own", not diffusion),
             **{
                 f"networks.{name}": ("task 'diffusion'", diffusion)
-                for name in ("text", "schedule", "image_size", "cfg_scale")
+                for name in ("text", "schedule", "image_size", "cfg_scale", *unet)
             },
             "data.buckets": ("task 'diffusion'", diffusion),
-            "data.caption": ("task 'diffusion'", diffusion),
+            "data.caption": ("task 'diffusion' with pictures from disk", diffusion and not shapes),
+            "data.seed": ("data.source 'shapes'", shapes),
             "diffusion": ("task 'diffusion'", diffusion),
             "prior": ("a model, which draws it", diffusion and self.model is not None),
+            "prior.count": ("prior.prompts, and there are none", has_prior),
+            "prior.weight": ("prior.prompts, and there are none", has_prior),
             "samples": ("task 'diffusion'", diffusion),
+            "samples.seed": ("samples.prompts, and there are none", draws),
+            "samples.steps": ("samples.prompts or prior.prompts, and there are none", draws or has_prior),
+            "samples.cfg_scale": ("samples.prompts or prior.prompts, and there are none", draws or has_prior),
+            "vae.adversarial_start": ("vae.adversarial, which is 0", bool(self.vae.adversarial)),
             "lora": ("diffusion.method 'lora'", method == "lora"),
             "inversion": ("diffusion.method 'textual_inversion'", method == "textual_inversion"),
             "diffusion.train_text": ("the other methods", method != "textual_inversion"),
@@ -316,72 +330,8 @@ def read_train_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
     """The config in a TOML file, with `changes` of the form "section.key=value". Raises RequestError."""
     table = read_toml(path)
     for change in changes:
-        _apply(table, change)
-    return _build(TrainConfig, table, str(path))
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Raises RequestError."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RequestError(f"{path}: no such config") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: not TOML ({error})") from error
-
-
-def _apply(table: dict[str, Any], change: str) -> None:
-    """Set what "a.b=value" says; the value is TOML, or else a bare string, and nothing takes the key away."""
-    key, equals, text = change.partition("=")
-    if not equals:
-        raise RequestError(f"--set {change!r:.100}: use key=value, such as loop.steps=100")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except ValueError:
-        value = text.strip()
-    *sections, name = key.strip().split(".")
-    for section in sections:
-        table = table.setdefault(section, {})
-        if not isinstance(table, dict):
-            raise RequestError(f"--set {change!r:.100}: {section} is no section")
-    if text.strip():
-        table[name] = value
-    else:
-        table.pop(name, None)
-
-
-def _build(kind: Any, table: dict[str, Any], where: str) -> Any:
-    """A dataclass from a TOML table. Raises RequestError."""
-    types_of = get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}
-    if unknown := [name for name in table if name not in known]:
-        raise RequestError(f"{where}: unknown key {unknown[0]!r:.100}; known are {', '.join(known)}")
-    required = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
-    if absent := [name for name in required if name not in table]:
-        raise RequestError(f"{where}: {absent[0]} is missing")
-    values = {name: _value(types_of[name], value, f"{where}: {name}") for name, value in table.items()}
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise RequestError(f"{where}: {error}") from error
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    if is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise RequestError(f"{where} is {value!r:.50}: use a section")
-        return _build(kind, value, where)
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_value(get_args(kind)[0], each, where) for each in value)
-    if get_origin(kind) is tuple:
-        raise RequestError(f"{where} is {value!r:.50}: use a list, such as [1, 2]")
-    alternatives = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if float in alternatives and type(value) is int:
-        return float(value)
-    if type(value) not in alternatives:
-        names = [getattr(each, "__name__", str(each)) for each in alternatives if each is not type(None)]
-        raise RequestError(f"{where} is {value!r:.50}: use {' or '.join(names)}")
-    return value
+        set_key(table, change)
+    return build(TrainConfig, table, str(path))
 
 
 def to_toml(config: TrainConfig) -> str:
@@ -389,13 +339,3 @@ def to_toml(config: TrainConfig) -> str:
     import tomli_w
 
     return tomli_w.dumps(to_table(config))
-
-
-def to_table(config: Any) -> dict[str, Any]:
-    """A dataclass as TOML has it: without what is None."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {
-        name: to_table(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
-        for name, value in values.items()
-        if value is not None
-    }

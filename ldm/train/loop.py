@@ -22,13 +22,14 @@ from ldm import __version__
 from ldm.checkpoint.convert import check_target
 from ldm.errors import LdmError, NumericalError, RequestError, printable
 from ldm.files import staged_file
-from ldm.train.config import ABOUT, CONFIG, CURVES, METRICS, STATE, Optimizer, TrainConfig, read_toml, to_table, to_toml
+from ldm.train.config import ABOUT, CONFIG, CURVES, METRICS, STATE, Optimizer, TrainConfig, to_toml
 from ldm.train.curves import draw_curves
 from ldm.train.ema import EMA
 from ldm.train.feed import Batch, Feed
 from ldm.train.log import RunLog
 from ldm.train.state import load_state, save_state
 from ldm.train.task import Task
+from ldm.train.toml import read_toml, to_table
 
 log = logging.getLogger(__name__)
 
