@@ -19,6 +19,7 @@ lint: .venv/dev
 
 # Each stamp is as new as its installation.
 .venv/demo: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "installing into .venv: minutes, most of them for torch"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 

@@ -95,7 +95,7 @@ def download(name: str, folder: str | Path | None = None) -> Path:
     try:
         import huggingface_hub  # noqa: F401
     except ImportError:
-        raise LdmError('downloading needs huggingface_hub: run pip install "ldm[download]"') from None
+        raise LdmError("downloading needs huggingface_hub: run pip install -e '.[download]'") from None
     try:
         return _fetch(model, target)
     except LdmError:

@@ -507,7 +507,7 @@ def test_a_full_disk(monkeypatch, capsys):
 def test_without_the_library(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert main(["download", "sd-v1-5"]) == 1
-    assert 'pip install "ldm[download]"' in capsys.readouterr().err
+    assert "pip install -e '.[download]'" in capsys.readouterr().err
 
 
 def test_names(capsys):

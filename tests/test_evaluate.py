@@ -342,4 +342,4 @@ def test_fid_without_its_package_says_what_to_install(main, folder, tmp_path, ca
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     (tmp_path / "weights.pth").touch()
     code = main(["--images", str(folder), "--reference", str(folder), "--inception", str(tmp_path / "weights.pth")])
-    assert (code, "pip install 'ldm[evaluate]' torch-fidelity" in capsys.readouterr().err) == (2, True)
+    assert (code, "pip install -e '.[evaluate]' torch-fidelity" in capsys.readouterr().err) == (2, True)

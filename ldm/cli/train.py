@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         config = read_train_config(args.config, args.changes)
         from ldm.train import start
     except ModuleNotFoundError as error:
-        raise RequestError(f"training needs {error.name}: pip install 'ldm[train]'") from error
+        raise RequestError(f"training needs {error.name}: pip install -e '.[train]'") from error
     target = start.run(config, args.resume)
     if PartialState().is_main_process:
         print(target)

@@ -129,7 +129,7 @@ def brownian_noise(
     try:
         import torchsde
     except ImportError as error:
-        raise RequestError("brownian needs torchsde, which is not installed: pip install 'ldm[brownian]'") from error
+        raise RequestError("brownian needs torchsde, which is not installed: pip install -e '.[brownian]'") from error
     paths = [torchsde.BrownianTree(ratio_min, torch.zeros(*shape), ratio_max, entropy=seed) for seed in seeds]
 
     def increment(level: Level, after: Level) -> Tensor:

@@ -6,7 +6,7 @@
     [data]
     source = "pictures"
 
-`--set section.key=value` changes a value from the command line. docs/training.md explains each key by example.
+`--set section.key=value` changes a value from the command line. docs/training.md tells what they are for.
 """
 
 from __future__ import annotations

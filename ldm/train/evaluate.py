@@ -75,7 +75,7 @@ def evaluate(
     Raises RequestError for what the model cannot do and for want of scipy, before anything slow, and NumericalError.
     """
     if find_spec("scipy") is None:
-        raise RequestError("judging pictures needs scipy: pip install 'ldm[evaluate]'")
+        raise RequestError("judging pictures needs scipy: pip install -e '.[evaluate]'")
     chosen = [(kind, number) for kind in kinds for number in range(count)]
     if sd.config.unet.in_channels != sd.config.vae.latent_channels:
         raise RequestError("a model that edits pictures draws none of its own: give one for text to image")
@@ -179,7 +179,7 @@ def vae_fidelity(sd: StableDiffusion, count: int, seed: int) -> dict[str, float]
     try:
         from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
     except ImportError as error:
-        raise RequestError(f"PSNR and SSIM need torchmetrics: pip install 'ldm[evaluate]' ({error})") from error
+        raise RequestError(f"PSNR and SSIM need torchmetrics: pip install -e '.[evaluate]' ({error})") from error
     psnrs, ssims = [], []
     for number in tqdm(range(count), unit="picture"):
         picture = draw_scene(seed, number, "test").draw(sd.config.image_size)
@@ -210,7 +210,7 @@ def frechet_distance(
 
         metric = FrechetInceptionDistance(feature_extractor_weights_path=str(weights)).to(device)
     except ImportError as error:
-        raise RequestError("FID needs two packages: pip install 'ldm[evaluate]' torch-fidelity") from error
+        raise RequestError("FID needs two packages: pip install -e '.[evaluate]' torch-fidelity") from error
     except Exception as error:  # torch raises anything for a damaged file
         if is_out_of_memory(error):
             raise

@@ -231,7 +231,7 @@ def check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
     """Raises RequestError where another run is there, or what a run would write over, or learn from."""
     a_run = any((folder / name).is_file() for name in (CONFIG, STATE))
     if a_run and not resume:
-        raise RequestError(f"{folder} holds a run already: go on with it by --resume, or choose another folder")
+        raise RequestError(f"{folder} holds a run already: go on with it by --resume, or use another (--set folder=…)")
     for name in () if a_run else (config.output, *WRITTEN_OVER):
         if (path := folder / name).is_dir() or (path.is_file() and path.stat().st_size):
             raise RequestError(f"{path} is there already, and would be written over: choose another folder")
