@@ -57,6 +57,15 @@ class Fitted:
         return editing.paste(self.canvas.picture, painted, self.canvas.mask, self.box)
 
 
+def proportioned(request: Request, size: tuple[int, int]) -> tuple[int, int]:
+    """The size of an initial image, or its shape where a request gives one side."""
+    width, height = size
+    if (request.width is None) == (request.height is None):
+        return size
+    scale = (request.width or 0) / width + (request.height or 0) / height
+    return round(width * scale), round(height * scale)
+
+
 def multiples(size: tuple[int, int]) -> tuple[int, int]:
     """The largest size that latents can have within a picture's."""
     width, height = (side - side % SIZE_MULTIPLE for side in size)

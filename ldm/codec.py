@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,7 +17,9 @@ from ldm.errors import NumericalError
 from ldm.images import to_image
 from ldm.models.taesd import TAESD
 from ldm.models.vae import VAE
-from ldm.runtime.tiling import seamless
+from ldm.runtime import strips
+from ldm.runtime.memory import first_that_fits, trim
+from ldm.runtime.tiling import AXES, seamless
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +33,14 @@ class Codec:
     device: torch.device
     dtype: torch.dtype
     taesd: TAESD | None = None  # decodes in place of the VAE
+    in_strips: bool = True  # whether the VAE runs so from the start, or where memory runs out
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, tiling: str) -> Tensor:
         """Pixels (b, 3, h, w) in [-1, 1] → the mode of their latents (b, 4, h/8, w/8). Raises NumericalError."""
         with seamless(tiling):
-            mode = self._run(lambda vae, image: vae.encode(image).mode(), pixels.to(self.device))
+            encode = self._way("encode", tiling)
+            mode = self._run(lambda vae, image: encode(vae, image).mode(), pixels.to(self.device))
         return mode * self.scale_factor
 
     @torch.no_grad()
@@ -48,8 +53,22 @@ class Codec:
         with seamless(tiling):
             if self.taesd is not None:
                 return [to_image(self.taesd(z)[0]) for z in latents.split(1)]
-            unscaled = latents / self.scale_factor
-            return [to_image(self._run(lambda vae, z: vae.decode(z), z)[0]) for z in unscaled.split(1)]
+            trim()  # what the U-Net has freed
+            decode, unscaled = self._way("decode", tiling), latents / self.scale_factor
+            return [to_image(self._run(decode, z)[0]) for z in unscaled.split(1)]
+
+    def _way(self, name: str, tiling: str) -> Callable[[VAE, Tensor], Any]:
+        """What the VAE does by that name. A strip does not see rows that wrap around."""
+        return getattr(VAE, name) if -2 in AXES[tiling] else self._ways[name]
+
+    @cached_property
+    def _ways(self) -> dict[str, Callable[[VAE, Tensor], Any]]:
+        if self.in_strips:
+            return {"encode": strips.encode, "decode": strips.decode}
+        return {
+            "encode": first_that_fits({"encoding at once": VAE.encode, "encoding in strips": strips.encode}),
+            "decode": first_that_fits({"decoding at once": VAE.decode, "decoding in strips": strips.decode}),
+        }
 
     def _run(self, run: Callable[[VAE, Tensor], Tensor], x: Tensor) -> Tensor:
         """A part of the VAE in `dtype`, or in float32 where that overflows; float32 in and out."""

@@ -39,6 +39,7 @@ class Engine:
     codec: Codec
     config: ModelConfig
     device: torch.device
+    apart: bool = False  # whether guidance takes an evaluation for each prompt, which takes less memory
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -92,7 +93,7 @@ class Engine:
             x = start.add_noise(filled, x) if len(levels) > 1 else latents
         predictor = Predictor(self.unet, self.config.schedule.prediction_type, levels, request.tiling)
         conditions = self._conditions(request, fitted, mask, done)
-        denoise = guided(predictor, conditions, request, levels)
+        denoise = guided(predictor, conditions, request, levels, self.apart)
         if mask is not None and latents is not None and not self.config.inpaints:
             denoise = keep_known(denoise, latents, mask)
         increment = self._brownian(request) if request.brownian else None

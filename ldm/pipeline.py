@@ -19,7 +19,7 @@ from ldm.adapters.handle import Handle
 from ldm.adapters.lora import read_lora
 from ldm.adapters.merge import Adapters, Dose
 from ldm.adapters.textual_inversion import Embeddings, read_embedding
-from ldm.canvas import Fitted, Source, multiples, open_canvas
+from ldm.canvas import Fitted, Source, multiples, open_canvas, proportioned
 from ldm.checkpoint import load_model
 from ldm.checkpoint.sources import Choices
 from ldm.codec import Codec
@@ -36,6 +36,8 @@ from ldm.preview import Preview, find_preview, load_taesd
 from ldm.prompt import split_loras
 from ldm.request import DEFAULT_STRENGTH, SIZE_MULTIPLE, Request
 from ldm.runtime.device import pick_device, pick_dtype
+from ldm.runtime.memory import parse_memory
+from ldm.runtime.plan import Job, Plan
 from ldm.trajectory import second_pass, trajectory, whole_grid
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class StableDiffusion:
     latent_preview: Preview | None = field(default=None, repr=False)
     taesd: TAESD | None = field(default=None, repr=False)  # decodes previews, where there is one,
     taesd_finals: bool = False  # and the pictures themselves
+    plan: Plan | None = field(default=None, repr=False)  # by which the networks are in memory
 
     @classmethod
     def load(
@@ -86,6 +89,8 @@ class StableDiffusion:
         lora_folders: str | Path | Sequence[str | Path] = (),
         taesd: str | Path | None = None,
         taesd_finals: bool = False,
+        memory: str | int | None = None,
+        largest: Request | None = None,
     ) -> StableDiffusion:
         """From a single file or a diffusers folder; the shipped model where no path is given.
 
@@ -96,7 +101,9 @@ class StableDiffusion:
         allow_nonfinite: load weights that are NaN or infinite. config: overrides all that the file tells (single files
         do not tell the number of heads). device: auto, cpu, cuda, cuda:N, mps. dtype: auto, float32, float16, bfloat16.
         lora_folders: where to look for the LoRAs that prompts name. taesd: a file of TAESD's decoder, for previews;
-        taesd_finals: and for the pictures themselves, in a fraction of the VAE's time, less exactly. Raises
+        taesd_finals: and for the pictures themselves, in a fraction of the VAE's time, less exactly. memory: what this
+        process, or its part on a GPU, may take, as bytes or such as "4G"; what is free by default. largest: the request
+        that this has to be enough for, without LoRAs; one picture of the model's size by default. Raises
         CheckpointError and RequestError.
         """
         if taesd_finals and taesd is None:
@@ -107,13 +114,20 @@ class StableDiffusion:
         if (where.type, precision) == ("cpu", torch.float16):
             log.warning("float16 is slow on CPUs: bfloat16 or float32 is faster")
         path = Path(path) if path is not None else shipped_model()
-        model = load_model(path, config, choices, device=where, dtype=precision, allow_nonfinite=allow_nonfinite)
+        most = largest or Request("")
+        job = Job(
+            parse_memory(memory) if isinstance(memory, str) else memory,
+            most.width, most.height, most.batch_size, most.hires_scale,
+        )  # fmt: skip
+        model = load_model(
+            path, config, choices, device=where, dtype=precision, allow_nonfinite=allow_nonfinite, job=job
+        )
         name = path.resolve().name if path.is_dir() else path.stem
         folders = [lora_folders] if isinstance(lora_folders, str | Path) else lora_folders
         small = None if taesd is None else load_taesd(taesd).to(where)
         return cls(
             model.unet, model.vae, model.text, model.config, name, where, precision, tuple(map(Path, folders)),
-            find_preview(path, model.config.vae), small, taesd_finals,
+            find_preview(path, model.config.vae), small, taesd_finals, model.plan,
         )  # fmt: skip
 
     def txt2img(self, prompt: str, **fields: Any) -> list[Image.Image]:
@@ -259,10 +273,7 @@ class StableDiffusion:
             raise RequestError(
                 f"{self.name} takes {self.config.unet.in_channels} channels, which no kind of model does that is known"
             )
-        width, height = (self.config.image_size,) * 2 if image is None else image.size
-        if image is not None and (request.width is None) != (request.height is None):
-            scale = (request.width or 0) / width + (request.height or 0) / height
-            width, height = round(width * scale), round(height * scale)
+        width, height = (self.config.image_size,) * 2 if image is None else proportioned(request, image.size)
         if min(width, height) < SIZE_MULTIPLE:
             raise RequestError(
                 f"the image would have {width}×{height} pixels: use one of {SIZE_MULTIPLE} or more a side"
@@ -351,8 +362,11 @@ class StableDiffusion:
     @cached_property
     def _codec(self) -> Codec:
         taesd = self.taesd if self.taesd_finals else None
-        return Codec(self.vae, self.config.vae.scale_factor, self.device, self.dtype, taesd)
+        in_strips = self.device.type == "cpu" or (self.plan is not None and self.plan.tight)  # on CPUs it takes as long
+        return Codec(self.vae, self.config.vae.scale_factor, self.device, self.dtype, taesd, in_strips)
 
     @cached_property
     def _engine(self) -> Engine:
-        return Engine(self.unet, self.text, self._codec, self.config, self.device)
+        return Engine(
+            self.unet, self.text, self._codec, self.config, self.device, self.plan is not None and self.plan.apart
+        )

@@ -35,8 +35,9 @@ class Predictor:
 
     def __init__(self, unet: UNet, prediction_type: str, levels: Sequence[Level], tiling: str = "none"):
         self.unet, self.prediction_type, self.tiling = unet, prediction_type, tiling
-        weight = unet.conv_in.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        bias = unet.conv_in.bias  # which is in memory, where not all weights are
+        assert bias is not None
+        self.device, self.dtype = bias.device, bias.dtype
         times = list(dict.fromkeys(level.t for level in levels))
         self._shifts = dict(zip(times, self._embed(times), strict=True))
         self._keys_values: dict[tuple[int, ...], list[KeyValue]] = {}  # by batch size and the contexts they are made of
@@ -64,11 +65,16 @@ class Predictor:
 
     @torch.no_grad()
     def together(self, x: Tensor, level: Level, branches: Sequence[Branch]) -> list[Prediction]:
-        """A prediction for each branch, from one evaluation. Their contexts must have one length."""
+        """A prediction for each branch, from one evaluation. Their contexts must have one length.
+
+        What the branches share until they meet their prompts is computed once, unless they see other channels.
+        """
         keys_values = self._keys_values_of([branch.context for branch in branches], len(x))
-        inputs = torch.cat([_with_channels(x, branch.beside) for branch in branches]).to(self.dtype)
+        alike = all(branch.beside is branches[0].beside for branch in branches)
+        seen = [_with_channels(x, branch.beside) for branch in (branches[:1] if alike else branches)]
+        latents = torch.cat(seen).to(self.dtype)
         with seamless(self.tiling):
-            outputs = self.unet.predict(inputs, self._shifts_at(level.t), keys_values).float().chunk(len(branches))
+            outputs = self.unet.predict(latents, self._shifts_at(level.t), keys_values).float().chunk(len(branches))
         return [PREDICTION_TYPES[self.prediction_type](output, x, level) for output in outputs]
 
     def apart(self, x: Tensor, level: Level, branches: Sequence[Branch]) -> list[Prediction]:
@@ -90,9 +96,15 @@ class Conditions:
     edits: bool = False  # InstructPix2Pix: guidance is by the picture beside, too
 
 
-def guided(predictor: Predictor, conditions: Conditions, request: Request, levels: Sequence[Level]) -> Denoise:
-    """The U-Net with guidance, over the levels of a run, from whose start the steps of prompts count."""
-    ask = first_that_fits({"guidance in one evaluation": predictor.together, "guidance in several": predictor.apart})
+def guided(
+    predictor: Predictor, conditions: Conditions, request: Request, levels: Sequence[Level], apart: bool = False
+) -> Denoise:
+    """The U-Net with guidance, over the levels of a run, from whose start the steps of prompts count.
+
+    apart: whether to begin with an evaluation for each prompt, and not only where memory is short for one of all.
+    """
+    plans = {"guidance in one evaluation": predictor.together, "guidance in several": predictor.apart}
+    ask = predictor.apart if apart else first_that_fits(plans)
     visited, cfg_scale = levels[:-1], request.cfg_scale
     assert cfg_scale is not None
 

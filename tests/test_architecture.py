@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"ldm.config", "ldm.errors", "ldm.files"},
     {"ldm.models", "ldm.diffusion", "ldm.images", "ldm.prompt"},
-    {"ldm.checkpoint", "ldm.hub", "ldm.runtime", "ldm.request", "ldm.editing"},
+    {"ldm.runtime"},
+    {"ldm.checkpoint", "ldm.hub", "ldm.request", "ldm.editing"},
     {"ldm.adapters", "ldm.preview", "ldm.conditioning"},
     {"ldm.canvas", "ldm.codec", "ldm.sampling", "ldm.trajectory", "ldm.metadata"},
     {"ldm.engine"},

@@ -242,3 +242,27 @@ def test_txt2img_and_img2img_offline(full_size_fp16, tmp_path):
             assert image.size == (512, 512)
             assert np.asarray(image).std() > 1  # noise, but not a blank sheet
     assert read_request(second).strength == 0.5
+
+
+SMALL = """
+import json, sys
+from pathlib import Path
+from ldm import Request, StableDiffusion
+sd = StableDiffusion.load(sys.argv[1], device="cpu", dtype="float32", memory="2G")
+step = next(sd.stream(Request("a red circle", seed=1, width=512, height=512)))
+sd.decode(step.x)
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(json.dumps([sd.plan.peak, int(peak.split()[1]) * 1024]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_what_the_plan_told(full_size_fp16):
+    """4.2 GB of weights in float32, a step at 512×512 with guidance, and decoding, in a process of 2 GiB."""
+    told = subprocess.run(
+        [sys.executable, "-c", SMALL, str(full_size_fp16)], check=True, capture_output=True, text=True
+    ).stdout
+    planned, measured = json.loads(told)
+    MEASURED.append(f"peak at 512×512 in float32 with 2G: {measured >> 20} MiB, planned {planned >> 20}")
+    assert measured <= planned <= 1.1 * measured
+    assert measured < 2 << 30

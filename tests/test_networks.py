@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import assert_parity, relative_error
+from synthetic import make_tensor
 from torch import nn
 
 from ldm import UNetConfig, VAEConfig
-from ldm.models.layers import GroupNorm, to_map, to_tokens
+from ldm.models.layers import GroupNorm, row_statistics, to_map, to_tokens
 from ldm.models.unet import UNet, sinusoidal_embedding
 from ldm.models.vae import VAE, DiagonalGaussian
 
@@ -145,5 +146,19 @@ def test_group_norms_train():
     norm, exact = GroupNorm(2, 4).double(), nn.GroupNorm(2, 4).double()
     x = torch.randn(1, 4, 3, 5, dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
-        ours, theirs = norm._by_rows(x).sin().sum(), exact(x).sin().sum()
+        ours, theirs = norm.given(*row_statistics(x))(x).sin().sum(), exact(x).sin().sum()
         assert torch.allclose(torch.autograd.grad(ours, x)[0], torch.autograd.grad(theirs, x)[0])
+
+
+@pytest.mark.parametrize("attention_levels", [(0, 1), (1,), ()])
+def test_pictures_meet_several_prompts(attention_levels):
+    """What they share until then is computed once: two pictures, three prompts each, the pictures in turn."""
+    config = UNetConfig(
+        channels=32, channel_mult=(1, 2), attention_levels=attention_levels, heads=2, context_dim=16, norm_groups=8
+    )
+    unet = UNet(config)
+    unet.load_state_dict({name: make_tensor(name, list(t.shape)) for name, t in unet.state_dict().items()})
+    x, context = make_tensor("x", [2, 4, 8, 12]), make_tensor("context", [6, 5, 16])
+    shifts, keys_values = unet.embed_time(torch.tensor([500])), unet.embed_context(context)
+    expected = unet.predict(torch.cat([x, x, x]), shifts, keys_values)
+    assert relative_error(unet.predict(x, shifts, keys_values), expected) <= 1e-6

@@ -17,6 +17,7 @@ from ldm.checkpoint.writing import is_finite
 from ldm.errors import RequestError
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
+from ldm.runtime.streaming import Streamed
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +100,9 @@ class Adapters:
         """What a parameter becomes, and the original to keep: None where the original is what it becomes."""
         now = self._now(parameter)
         kept = self._originals.get(parameter)
-        if kept is not None:
+        if isinstance(now, Streamed):
+            original = kept = now if kept is None else kept
+        elif kept is not None:
             moved = kept.to(now.device, now.dtype)  # itself, on a CPU
             original = kept if moved is kept else _like(kept, moved)
         else:
@@ -108,20 +111,29 @@ class Adapters:
         doses = _doses(parameter, active)
         if not doses:
             return original, None
-        exact = original.float()
-        total = exact.clone()
-        for dose in doses:
-            total += dose.strength(parameter) * dose.lora.changes[parameter].delta(exact)
-        merged = total.to(original.dtype)
-        if is_finite(total) and not is_finite(merged):
-            names = ", ".join(dose.lora.name for dose in doses)
-            raise RequestError(
-                f"{names}: {'.'.join(parameter)} overflows {str(merged.dtype)[6:]}; use less strength, or float32"
-            )
-        return _like(original, merged), kept
+        if isinstance(original, Streamed):
+            merged = Streamed(original, lambda: _merged(original.read(), parameter, doses))
+            merged.read()  # where it overflows that is told now
+            return merged, original
+        return _like(original, _merged(original, parameter, doses)), kept
 
     def _now(self, parameter: Parameter) -> nn.Parameter:
         return self._networks[parameter[0]].get_parameter(parameter[1])
+
+
+def _merged(original: Tensor, parameter: Parameter, doses: Sequence[Dose]) -> Tensor:
+    """A weight plus the changes of doses, all of which change it. Raises RequestError where it overflows."""
+    exact = original.float()
+    total = exact.clone()
+    for dose in doses:
+        total += dose.strength(parameter) * dose.lora.changes[parameter].delta(exact)
+    merged = total.to(original.dtype)
+    if is_finite(total) and not is_finite(merged):
+        names = ", ".join(dose.lora.name for dose in doses)
+        raise RequestError(
+            f"{names}: {'.'.join(parameter)} overflows {str(merged.dtype)[6:]}; use less strength, or float32"
+        )
+    return merged
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:

@@ -122,10 +122,14 @@ def _size(path: Path) -> int:
 def _open_safetensors(path: Path, header: Any) -> TensorFile:
     source = _Map(path)
     tensors = {
-        name: StoredTensor(name, entry.dtype, entry.shape, partial(source.view, entry))
+        name: StoredTensor(name, entry.dtype, entry.shape, partial(source.view, entry), _is_aligned(entry))
         for name, entry in header.tensors.items()
     }
     return TensorFile(path, "safetensors", tensors, header.metadata)
+
+
+def _is_aligned(entry: Entry) -> bool:
+    return entry.start % ITEM_SIZES[entry.dtype] == 0
 
 
 class _Map:
@@ -144,7 +148,7 @@ class _Map:
         if self.map is None:
             with self.path.open("rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writes would not reach the file
-        if entry.start % ITEM_SIZES[entry.dtype]:  # of a writer that does not align; torch wants its data aligned
+        if not _is_aligned(entry):  # of a writer that does not; torch wants its data aligned
             data: Any = bytearray(self.map[entry.start : entry.start + entry.nbytes])
             return torch.frombuffer(data, dtype=dtype).view(entry.shape)
         return torch.frombuffer(self.map, dtype=dtype, count=entry.numel, offset=entry.start).view(entry.shape)
@@ -184,7 +188,7 @@ def store(path: Path, name: str, tensor: Tensor, mapped: bool = False) -> Stored
         raise CheckpointError(f"{path}: {name!r:.100} is a {kind} tensor; expected a dense one of a plain dtype")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError(f"{path}: {name!r:.100} claims the shape {list(tensor.shape)}, of which it holds a part")
-    return StoredTensor(name, dtype, tuple(tensor.shape), lambda: tensor, mapped)
+    return StoredTensor(name, dtype, tuple(tensor.shape), lambda: tensor, mapped and tensor.is_contiguous())
 
 
 class _Inert:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,28 @@ from ldm.checkpoint.header import FLOATS
 from ldm.checkpoint.layouts import LABELS, NAMES, Part, describe
 from ldm.checkpoint.sources import Checkpoint, Choices, open_checkpoint
 from ldm.checkpoint.vocabulary import load_tokenizer
-from ldm.checkpoint.writing import is_finite
+from ldm.checkpoint.writing import is_finite, release
 from ldm.config import SD_V1, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.errors import CheckpointError
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.runtime.memory import keep_freed
+from ldm.runtime.plan import Job, Plan, make_plan
+from ldm.runtime.streaming import Streamed, stream
 
 Device = torch.device | str
 
 
 @dataclass(frozen=True)
 class Model:
-    """The three networks of a checkpoint and the config that describes them."""
+    """The three networks of a checkpoint, the config that describes them, and the plan they are held in memory by."""
 
     unet: UNet
     vae: VAE
     text: TextEncoder
     config: ModelConfig
+    plan: Plan | None = None
 
 
 def load_model(
@@ -44,17 +49,38 @@ def load_model(
     device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
     allow_nonfinite: bool = False,
+    job: Job | None = None,
 ) -> Model:
     """A whole model from a single file or a diffusers folder; `config` overrides what the file tells.
 
-    Raises CheckpointError, naming every missing, unexpected or misshapen tensor of the first network that has any, and
-    those that hold NaN or infinity unless `allow_nonfinite`.
+    job: what it is for, and in how much memory: weights that there is no room for stay in the file, to be read when
+    they are used; without one all are in memory. Raises CheckpointError, naming every missing, unexpected or misshapen
+    tensor of the first network that has any, and those that hold NaN or infinity unless `allow_nonfinite`.
     """
     checkpoint = open_checkpoint(Path(path), choices)
     config = config or read_config(checkpoint)
     checkpoint.report()
-    networks = {name: _load(checkpoint, name, getattr(config, name), device, dtype, allow_nonfinite) for name in NAMES}
-    return Model(**networks, config=config)
+    networks = {name: build(checkpoint, name, getattr(config, name)) for name in NAMES}
+    plan = None
+    if job:
+        plan = make_plan(networks, config, job, torch.device(device), dtype)
+        keep_freed(plan is None or not plan.tight)
+        if plan:
+            plan.report()
+    for name, network in networks.items():
+        away = plan.away[name] if plan else ()
+        fill(network, checkpoint.part(name), getattr(config, name), device, dtype, allow_nonfinite, away)
+    return Model(**networks, config=config, plan=plan)
+
+
+def plan_model(
+    path: str | Path, job: Job, choices: Choices = Choices(), *, device: Device = "cpu", dtype: torch.dtype
+) -> Plan | None:
+    """How `load_model` would hold a model in memory, of which only headers are read. Raises CheckpointError."""
+    checkpoint = open_checkpoint(Path(path), choices)
+    config = read_config(checkpoint)
+    networks = {name: build(checkpoint, name, getattr(config, name)) for name in NAMES}
+    return make_plan(networks, config, job, torch.device(device), dtype)
 
 
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
@@ -101,41 +127,51 @@ def load_text(
     return _load(open_checkpoint(Path(path)), "text", config, device, dtype)
 
 
-def build(checkpoint: Checkpoint, name: str, config: Any) -> nn.Module:
-    """Network `name` of this config, on `meta`: all of it but the weights."""
+def build(checkpoint: Checkpoint, name: str, config: Any) -> Any:
+    """Network `name` of this config, on `meta`, in eval mode: all of it but the weights."""
     extra = [load_tokenizer(checkpoint.tokenizer, config, checkpoint.path)] if name == "text" else []
     with torch.device("meta"):
-        return {"unet": UNet, "vae": VAE, "text": TextEncoder}[name](config, *extra)
+        return {"unet": UNet, "vae": VAE, "text": TextEncoder}[name](config, *extra).eval()
 
 
-def _load(
-    checkpoint: Checkpoint, name: str, config: Any, device: Device, dtype: torch.dtype, allow_nonfinite: bool = False
-) -> Any:
-    """Network `name` of a checkpoint, ready to run: in eval mode, convolutions in channels_last memory."""
+def _load(checkpoint: Checkpoint, name: str, config: Any, device: Device, dtype: torch.dtype) -> Any:
     part = checkpoint.part(name)
     config = config or part.read_config()
     network = build(checkpoint, name, config)
-    fill(network, part, config, device, dtype, allow_nonfinite)
-    if isinstance(network, TextEncoder):  # a constant, which files store in many dtypes or not at all
-        network.transformer.embeddings.position_ids = torch.arange(config.max_length, device=device)[None]
-    return network.eval()
+    fill(network, part, config, device, dtype)
+    return network
 
 
 def fill(
-    network: nn.Module, part: Part, config: Any, device: Device, dtype: torch.dtype, allow_nonfinite: bool = False
+    network: nn.Module,
+    part: Part,
+    config: Any,
+    device: Device,
+    dtype: torch.dtype,
+    allow_nonfinite: bool = False,
+    away: Collection[str] = (),
 ) -> None:
     """Give a network built on `meta` the tensors of `part`; where dtype and layout agree they stay views of the file.
 
-    Raises CheckpointError as `check` does, and for weights that are not finite in `dtype`.
+    Those of the weights `away` stay in the file alone until their layer runs. Raises CheckpointError as `check` does,
+    and for weights that are not finite in `dtype`.
     """
     shapes = check(network, part, config)
-    expected = part.expected(config)
-    state = {
-        ours: _place(part.tensors[name].load().reshape(shapes[ours]), device, dtype) for name, ours in expected.items()
-    }
-    if not allow_nonfinite:
-        refuse_nonfinite([name for name, ours in expected.items() if not is_finite(state[ours])], part, dtype)
+    state, nonfinite = {}, []
+    for name, ours in part.expected(config).items():
+        read = partial(_read, part.tensors[name], shapes[ours], device, dtype)
+        tensor = read()
+        if not allow_nonfinite and not is_finite(tensor):
+            nonfinite.append(name)
+        if ours in away:
+            tensor = Streamed(tensor, partial(read, copy=True))
+            stream(network.get_submodule(ours.removesuffix(".weight")))
+            release(part.tensors[name])
+        state[ours] = tensor
+    refuse_nonfinite(nonfinite, part, dtype)
     network.load_state_dict(state, assign=True)
+    if isinstance(network, TextEncoder):  # a constant, which files store in many dtypes or not at all
+        network.transformer.embeddings.position_ids = torch.arange(config.max_length, device=device)[None]
 
 
 def check(network: nn.Module, part: Part, config: Any) -> dict[str, torch.Size]:
@@ -184,6 +220,11 @@ def _core(shape: Sequence[int]) -> list[int]:
     return dims
 
 
-def _place(tensor: Tensor, device: Device, dtype: torch.dtype) -> Tensor:
+def _read(stored: StoredTensor, shape: torch.Size, device: Device, dtype: torch.dtype, *, copy: bool = False) -> Tensor:
+    """A tensor as a network has it. Of the file no more stays in memory than it is a view of."""
+    tensor = stored.load().reshape(shape)
     layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
-    return tensor.to(device, dtype, memory_format=layout)
+    placed = tensor.to(device, dtype, memory_format=layout, copy=copy)
+    if placed.data_ptr() != tensor.data_ptr():
+        release(stored)
+    return placed

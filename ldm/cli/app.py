@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ldm import __version__
-from ldm.cli import convert, download, generate, inspect, plot, regenerate, tokenize, train
+from ldm.cli import convert, download, generate, inspect, plan, plot, regenerate, tokenize, train
 from ldm.errors import LdmError, RequestError, is_out_of_memory
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     generate.add_commands(commands)
     inspect.add_commands(commands)
+    plan.add_commands(commands)
     convert.add_commands(commands)
     download.add_commands(commands)
     plot.add_commands(commands)

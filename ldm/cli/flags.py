@@ -111,6 +111,11 @@ def add_model_flags(group: Any) -> None:
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     group.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default auto)")
+    group.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="what to get by with, such as 4G or 1500M (default: what is free)",
+    )
 
 
 def _lora(text: str) -> tuple[Path, float, float | None]:
@@ -147,8 +152,8 @@ def with_strength(request: Request, args: argparse.Namespace, sd: StableDiffusio
     return replace(request, strength=DEFAULT_STRENGTH)
 
 
-def load(args: argparse.Namespace) -> StableDiffusion:
-    """The model that the flags name, with its LoRAs and embeddings."""
+def load(args: argparse.Namespace, largest: Request | None = None) -> StableDiffusion:
+    """The model that the flags name, with its LoRAs and embeddings; `largest` is what --memory has to be enough for."""
     from ldm.pipeline import StableDiffusion
 
     sd = StableDiffusion.load(
@@ -160,6 +165,8 @@ def load(args: argparse.Namespace) -> StableDiffusion:
         lora_folders=args.lora_dir,
         taesd=args.taesd,
         taesd_finals=args.taesd_finals,
+        memory=args.memory,
+        largest=largest,
     )
     for path, strength, text_strength in args.lora:
         sd.load_lora(path, strength, text_strength=text_strength, allow_nonfinite=args.allow_nonfinite)

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     from ldm.files import write_new
 
     init_image = images.load_image(args.init_img) if args.init_img else None
-    sd = load(args)
+    sd = load(args, _sized(firsts[0], init_image, args.mask))
     outputs = Outputs(args, sd)
     made: list[Image.Image] = []
     for first, number in itertools.product(firsts, range(args.batch_count)):
@@ -89,6 +89,17 @@ def run(args: argparse.Namespace) -> None:
     if args.grid:
         write = partial(images.grid(made).save, format="PNG")
         outputs.save("grid.png", lambda path: write_new(path, write))
+
+
+def _sized(request: Request, init_image: Image.Image | None, mask: Path | None) -> Request:
+    """A request with the size that its initial image, if any, and what is added at its sides give it."""
+    from ldm.canvas import multiples, open_canvas, proportioned
+
+    picture = open_canvas(request, init_image, mask).picture
+    if picture is None:
+        return request
+    width, height = multiples(proportioned(request, picture.size))
+    return replace(request, width=request.width or max(width, 8), height=request.height or max(height, 8))
 
 
 def _save_preview(sd: StableDiffusion, outputs: Outputs, request: Request, step: Step) -> None:

@@ -5,6 +5,8 @@ Feature maps are `b c h w` in channels_last memory, so that tokens `b (h w) c` a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -43,20 +45,30 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         learning = self.training and torch.is_grad_enabled()
         if x.dtype == torch.float32 and x.device.type == "cpu" and not learning:
-            return self._by_rows(x)
+            return self.given(*row_statistics(x))(x)
         return super().forward(x)
 
-    def _by_rows(self, x: Tensor) -> Tensor:
-        pixels = rearrange(x, "b c h w -> b h w c")
-        mean = pixels.mean(dim=2, keepdim=True)
-        var = (pixels - mean).square().mean(dim=2, keepdim=True)
+    def given(self, mean: Tensor, var: Tensor) -> Callable[[Tensor], Tensor]:
+        """The normalisation of any part of a map whose `row_statistics` these are."""
         # The law of total variance: within rows and channels, and between them.
-        mean, var = (rearrange(t.double(), "b h 1 (g c) -> b g (h c)", g=self.num_groups) for t in (mean, var))
+        place = torch.device("cpu") if mean.device.type == "mps" else mean.device  # MPS has no float64
+        mean, var, weight, bias = (t.to(place, torch.float64) for t in (mean, var, self.weight, self.bias))
+        mean, var = (rearrange(t, "b h 1 (g c) -> b g (h c)", g=self.num_groups) for t in (mean, var))
         var = var.mean(dim=2) + mean.var(dim=2, correction=0)
-        scale = (var + self.eps).rsqrt()[..., None] * rearrange(self.weight, "(g c) -> g c", g=self.num_groups)
-        shift = rearrange(self.bias, "(g c) -> g c", g=self.num_groups) - mean.mean(dim=2, keepdim=True) * scale
-        scale, shift = (rearrange(t.to(x.dtype), "b g c -> b 1 1 (g c)") for t in (scale, shift))
-        return rearrange(torch.addcmul(shift, pixels, scale), "b h w c -> b c h w")
+        scale = (var + self.eps).rsqrt()[..., None] * rearrange(weight, "(g c) -> g c", g=self.num_groups)
+        shift = rearrange(bias, "(g c) -> g c", g=self.num_groups) - mean.mean(dim=2, keepdim=True) * scale
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        scale, shift = (rearrange(t.to(self.weight.device, dtype), "b g c -> b (g c) 1 1") for t in (scale, shift))
+        return lambda x: torch.addcmul(shift, x.to(dtype), scale).to(x.dtype)
+
+
+def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each row and channel of (b, c, h, w): (b, h, 1, c) each, in float32 or better."""
+    pixels = rearrange(x, "b c h w -> b h w c")
+    if x.dtype.itemsize < 4:
+        pixels = pixels.float()
+    mean = pixels.mean(dim=2, keepdim=True)
+    return mean, (pixels - mean).square().mean(dim=2, keepdim=True)
 
 
 class ResBlock(nn.Module):

@@ -77,6 +77,11 @@ class GEGLU(nn.Module):
         return self.proj_out(value * F.gelu(gate))
 
 
+def for_each_prompt(x: Tensor, like: Tensor) -> Tensor:
+    """Repeat (b, …) to the batch of `like`, n·b: until pictures meet their n prompts, these have all in common."""
+    return x if len(x) == len(like) else torch.cat([x] * (len(like) // len(x)))
+
+
 class SpatialTransformer(nn.Module):
     """A transformer block over the pixels of a feature map: they attend to each other, then to the prompt."""
 
@@ -95,6 +100,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, key_value: KeyValue) -> Tensor:
         h = self.proj_in(to_tokens(self.norm(x)))
         h = h + self.self_attention(self.norm1(h))
+        h, x = (for_each_prompt(each, key_value[0]) for each in (h, x))
         h = h + self.cross_attention(self.norm2(h), key_value)
         h = h + self.feed_forward(self.norm3(h))
         return x + to_map(self.proj_out(h), like=x)
@@ -183,7 +189,10 @@ class UNet(nn.Module):
         return [stage.transformer.cross_attention.embed(context) for stage in self.stages if stage.transformer]
 
     def predict(self, x: Tensor, shifts: Sequence[Tensor], keys_values: Sequence[KeyValue]) -> Tensor:
-        """Latents (b, in_channels, h, w) → eps or v (b, out_channels, h, w)."""
+        """Latents (b, in_channels, h, w) → eps or v (b, out_channels, h, w).
+
+        Keys and values may be of n·b prompts, the first of each picture before the second of any: so is the answer.
+        """
         shift, key_value = iter(shifts), iter(keys_values)
         h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [h]
@@ -196,7 +205,7 @@ class UNet(nn.Module):
             if isinstance(layer, Upsample):
                 h = layer(h, size=skips[-1].shape[-2:])  # odd sizes round up on the way down
             else:
-                h = layer(torch.cat([h, skips.pop()], dim=1), shift, key_value)
+                h = layer(torch.cat([h, for_each_prompt(skips.pop(), h)], dim=1), shift, key_value)
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:

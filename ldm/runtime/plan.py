@@ -1,0 +1,159 @@
+"""How a model fits into memory, told before any of it is read: arithmetic over networks without data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from ldm.config import ModelConfig
+from ldm.errors import RequestError
+from ldm.models.unet import UNet
+from ldm.models.vae import VAE
+from ldm.runtime import strips
+from ldm.runtime.footprint import footprint
+from ldm.runtime.memory import available, taken
+from ldm.runtime.streaming import streamable
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+LABELS = {"unet": "U-Net", "vae": "VAE", "text": "text encoder"}
+PLENTY = 2  # times the weights, free
+LEFT = 1.05  # of what is counted, for what is not: pieces of memory too small to be given back
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be made at once, and in how much memory; None leaves it to the model, and to what is free."""
+
+    memory: int | None = None  # bytes: of the process, or of its part on a GPU
+    width: int | None = None  # in pixels
+    height: int | None = None
+    batch_size: int = 1
+    scale: float = 1.0  # by which a second pass enlarges the picture
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "width", "height", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise RequestError(f"{name} is {value}: use 1 or more")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a model stays in memory, and how much more its stages take, one after the other: in bytes."""
+
+    memory: int  # there is
+    program: int  # taken before weights are read
+    weights: Mapping[str, int]  # by network
+    work: Mapping[str, int]  # by stage
+    away: Mapping[str, Mapping[str, int]]  # weights that are streamed, by network and name
+    apart: bool = False  # whether guidance takes an evaluation for each prompt
+
+    @property
+    def streamed(self) -> dict[str, int]:
+        """How much of each network is read whenever it runs."""
+        return {name: sum(away.values()) for name, away in self.away.items()}
+
+    @property
+    def peak(self) -> int:
+        stay = sum(self.weights.values()) - sum(self.streamed.values())
+        return int(LEFT * (self.program + stay + max(self.work.values())))
+
+    @property
+    def tight(self) -> bool:
+        """Whether anything is given up for memory."""
+        return self.apart or any(self.streamed.values())
+
+    @property
+    def excess(self) -> int:
+        return max(0, self.peak - self.memory)
+
+    def report(self) -> None:
+        """Log what is given up."""
+        told = [f"{size // MIB} MiB of the {LABELS[name]}" for name, size in self.streamed.items() if size]
+        if told:
+            log.info("to save memory, these are read anew whenever they are used: %s", ", ".join(told))
+        if self.excess:
+            peak, memory = self.peak // MIB, self.memory // MIB
+            log.warning("%d MiB of memory are needed, not %d: trying all the same", peak, memory)
+
+
+def make_plan(
+    networks: Mapping[str, nn.Module], config: ModelConfig, job: Job, device: torch.device, dtype: torch.dtype
+) -> Plan | None:
+    """The fastest plan for networks that are on `meta` yet; none where nobody asks and there is plenty of memory."""
+    memory = available(device) if job.memory is None else job.memory
+    plenty = PLENTY * sum(_weights(networks, dtype).values())
+    if memory is None or (job.memory is None and memory > plenty):
+        return None
+    width, height = (round((side or config.image_size) * job.scale) for side in (job.width, job.height))
+    return fit(networks, replace(job, memory=memory, width=width, height=height), taken(device), dtype)
+
+
+def fit(networks: Mapping[str, nn.Module], job: Job, program: int, dtype: torch.dtype) -> Plan:
+    """The fastest plan within the memory of a job that leaves nothing open, or the smallest there is.
+
+    Given up first is what costs the least time: the text encoder, which runs once a prompt, is streamed; then prompts
+    are evaluated one by one; then the U-Net is streamed, the largest of its weights first, as few of them as will do.
+    """
+    assert job.memory is not None
+    candidates = {
+        name: {weight: dtype.itemsize * size for weight, size in streamable(network).items()}
+        for name, network in networks.items()
+    }
+    away: dict[str, dict[str, int]] = {name: {} for name in networks}
+    plan = Plan(job.memory, program, _weights(networks, dtype), _work(networks, job, dtype), away)
+    if plan.excess:
+        plan = replace(plan, away=away | {"text": candidates["text"]})
+    if plan.excess:
+        apart = replace(plan, apart=True, work=_work(networks, job, dtype, apart=True))
+        plan = min(plan, apart, key=lambda each: each.peak)  # where decoding takes the most, nothing is gained
+    if plan.excess:
+        plan = replace(plan, away={**plan.away, "unet": _first(candidates["unet"], plan.excess / LEFT)})
+    return plan
+
+
+def _first(sizes: Mapping[str, int], least: float) -> dict[str, int]:
+    """As few of the first as have `least` bytes together, or all."""
+    before = [0, *accumulate(sizes.values())]
+    return {name: size for (name, size), so_far in zip(sizes.items(), before, strict=False) if so_far < least}
+
+
+def _weights(networks: Mapping[str, nn.Module], dtype: torch.dtype) -> dict[str, int]:
+    return {name: dtype.itemsize * sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
+
+
+@torch.no_grad()
+def _work(networks: Mapping[str, nn.Module], job: Job, dtype: torch.dtype, apart: bool = False) -> dict[str, int]:
+    """What the stages take beside the weights that stay.
+
+    A layer's weight may be there three times: in the file, on its way from there, and in the layout that oneDNN has
+    for it.
+    """
+    unet, vae = networks["unet"], networks["vae"]
+    assert isinstance(unet, UNet)
+    assert isinstance(vae, VAE)
+    assert job.width is not None
+    assert job.height is not None
+    height, width = (max(side // vae.config.downsampling, 1) for side in (job.height, job.width))
+    edits = unet.config.in_channels == 2 * vae.config.latent_channels  # the picture is seen, and not, and no prompt
+    prompts = 1 if apart else 3 if edits else 2
+    with torch.device("meta"):
+        x = torch.empty(job.batch_size * (prompts if edits else 1), unet.config.in_channels, height, width)
+        context = torch.empty(prompts * job.batch_size, 77, unet.config.context_dim)
+        shifts, keys_values = unet.embed_time(torch.empty(1)), unet.embed_context(context)
+        latent = torch.empty(1, vae.config.latent_channels, height, width)
+        taken = {
+            "a step": footprint(lambda: unet.predict(x, shifts, keys_values)) + 2 * _largest(unet),
+            "decoding": footprint(lambda: strips.decode(vae, latent)) + 2 * _largest(vae),
+        }
+    return {stage: size * dtype.itemsize // 4 for stage, size in taken.items()}
+
+
+def _largest(network: nn.Module) -> int:
+    return max(p.nbytes for p in network.parameters())

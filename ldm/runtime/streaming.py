@@ -1,0 +1,55 @@
+"""Weights that are read when their layer runs and are gone when it has: for networks that memory has no room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEAST = 1 << 12  # numbers in a weight that is worth it: those of layers hold nearly all of a network's
+
+
+class Streamed(nn.Parameter):
+    """A weight without data; `read` answers with it, from wherever it is kept."""
+
+    read: Callable[[], Tensor]
+
+    def __new__(cls, like: Tensor, read: Callable[[], Tensor]) -> Streamed:
+        parameter = super().__new__(cls, torch.empty(like.shape, dtype=like.dtype, device="meta"), requires_grad=False)
+        parameter.read = read
+        return parameter
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Streamed:
+        return Streamed(self, self.read)
+
+
+class _Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, _value(self.weight), self.bias)
+
+
+class _Conv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, _value(self.weight), self.bias)
+
+
+STREAMING: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear, nn.Conv2d: _Conv2d}
+
+
+def _value(weight: Tensor) -> Tensor:
+    return weight.read() if isinstance(weight, Streamed) else weight
+
+
+def stream(layer: nn.Module) -> None:
+    """Let a layer that is called, and whose weight nobody else looks into, have one that is `Streamed`, or not."""
+    layer.__class__ = STREAMING[type(layer)]
+
+
+def streamable(network: nn.Module) -> dict[str, int]:
+    """The weights of a network that can be streamed, by name, with how many numbers they have, the largest first."""
+    kinds = (*STREAMING, *STREAMING.values())
+    sizes = {f"{name}.weight": layer.weight.numel() for name, layer in network.named_modules() if type(layer) in kinds}
+    return {name: size for name, size in sorted(sizes.items(), key=lambda item: -item[1]) if size >= LEAST}
