@@ -197,9 +197,9 @@ def test_sizes_that_are_none(text):
 
 
 def test_plans_are_printed(capsys):
-    assert main(["plan", "--model", str(SHIPPED), "--memory", "4G", "--dtype", "float32"]) == 0
+    assert main(["plan", "--model", str(SHIPPED), "--memory", "64G", "--dtype", "float32"]) == 0
     table = capsys.readouterr().out
-    assert "of 4096\nguidance: one evaluation for both prompts\n" in table
+    assert "of 65536\nguidance: one evaluation for both prompts\n" in table
     assert main(["plan", "--model", str(SHIPPED), "--memory", "5M"]) == 2
     assert "MiB more are needed: use a smaller size or batch" in capsys.readouterr().err
     assert main(["plan", "--memory", "lots"]) == 2
@@ -223,5 +223,5 @@ print(grown >> 20, taken(CPU) - before >> 20)
 """
     told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     grown, left = map(int, told.split())
-    assert grown >= 160 if keep else grown < 40
+    assert grown >= 120 if keep else grown < 40
     assert left < 40

@@ -185,7 +185,7 @@ PICTURES = TUNED.replace('"shapes"\ncount = 8', '"pictures"')
         (PICTURES, "data.seed=1", "data.seed is for data.source 'shapes': leave it out"),
         *(
             (text, f"data.side={side}", f"width is {side}: use ")
-            for text in (TUNED, PICTURES + "[diffusion]\nmethod='lora'", PICTURES.replace("64", "64\nbuckets = true"))
+            for text in (TUNED, PICTURES + "[diffusion]\nmethod='lora'")
             for side in (4, 63)
         ),
         (TUNED, "prior.count=100", "prior: prompts is missing"),
@@ -237,6 +237,12 @@ def test_the_longest_name_of_a_result_has_room_for_what_a_run_adds(text, tmp_pat
     with staged_file(target) as temporary:
         temporary.write_text("kept")
     assert target.read_text() == "kept"
+
+
+def test_buckets_have_an_area_of_any_side(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(PICTURES)
+    assert read_train_config(path, ["data.side=500", "data.buckets=true"]).data.side == 500
 
 
 def test_no_file(tmp_path):

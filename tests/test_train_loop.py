@@ -254,6 +254,7 @@ def test_a_finished_run_gives_its_result_again(tmp_path):
         again = run(read(tmp_path, VAE, *changes, f"output={name}"), resume=True)
         assert again.name == name
         assert all(torch.equal(tensor, whole[key]) for key, tensor in load(again).items())
+    assert (tmp_path / "vae" / "curves.png").is_file()
     config = (tmp_path / "vae" / "config.toml").read_bytes()
     with pytest.raises(RequestError, match=r"loop\.steps is 1, and the run in .*vae has done 2: use 2 or more"):
         run(read(tmp_path, VAE, "loop.steps=1"), resume=True)
@@ -266,7 +267,7 @@ def test_a_run_that_ends_at_a_save_draws_its_samples(tmp_path, monkeypatch):
         patch.setattr(Run, "save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(read(tmp_path, VAE, "loop.steps=1"))
-    names = {"samples/samples-0000000.png", "samples/samples-0000001.png", "vae.safetensors", "curves.png"}
+    names = {"samples/samples-0000000.png", "samples/samples-0000001.png", "vae.safetensors"}
     assert all((tmp_path / "vae" / name).is_file() for name in names)
     assert not (tmp_path / "vae" / "state.pt").exists()
 
@@ -345,13 +346,21 @@ def test_nothing_to_resume_is_told(tmp_path, caplog):
     assert "vae has no state.pt: there is nothing to go on with, so this begins at step 0" in caplog.text
 
 
-def test_samples_that_cannot_be_drawn_end_no_run(vae, tmp_path, monkeypatch, caplog):
-    def overflow(task):
-        raise NumericalError("the latents are not finite")
+@pytest.mark.parametrize(
+    "error",
+    [
+        NumericalError("the latents are not finite"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_samples_that_cannot_be_drawn_end_no_run(vae, tmp_path, monkeypatch, caplog, error):
+    def fail(task):
+        raise error
 
-    monkeypatch.setattr(DiffusionTask, "pictures", overflow)
+    monkeypatch.setattr(DiffusionTask, "pictures", fail)
     assert run(read(tmp_path, DIFFUSION, f"diffusion.vae={vae}", "loop.steps=1", "loop.sample_every=1")).is_dir()
-    assert "step 1: no samples: the latents are not finite" in caplog.text
+    assert f"step 1: no samples: {error}" in caplog.text
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

@@ -16,7 +16,7 @@ from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.runtime import strips
 from ldm.runtime.footprint import footprint
-from ldm.runtime.memory import available, taken
+from ldm.runtime.memory import available, taken, trim
 from ldm.runtime.streaming import streamable
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ def make_plan(
     networks: Mapping[str, nn.Module], config: ModelConfig, job: Job, device: torch.device, dtype: torch.dtype
 ) -> Plan | None:
     """The fastest plan for networks that are on `meta` yet; none where nobody asks and there is plenty of memory."""
+    trim()  # or what earlier models left would count as the program's
     memory = available(device) if job.memory is None else job.memory
     plenty = PLENTY * sum(_weights(networks, dtype).values())
     if memory is None or (job.memory is None and memory > plenty):

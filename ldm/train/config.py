@@ -253,7 +253,8 @@ class TrainConfig:
             if self.diffusion.cache and getattr(self.data, name):
                 raise ValueError(f"diffusion.cache and data.{name} do not go together: a picture has one encoding")
         if self.task == "diffusion":
-            for prompt in ("", *self.samples.prompts, *self.prior.prompts):  # one at least, which tells of the side
+            sides = () if self.data.buckets else ("",)  # it is the size of pictures without them
+            for prompt in (*sides, *self.samples.prompts, *self.prior.prompts):
                 self.request(prompt, self.samples.seed)
 
     def _check_networks(self) -> None:

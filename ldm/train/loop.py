@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from ldm import __version__
 from ldm.checkpoint.convert import check_target
-from ldm.errors import LdmError, NumericalError, RequestError, printable
+from ldm.checkpoint.files import first_line
+from ldm.errors import LdmError, NumericalError, RequestError, is_out_of_memory, printable
 from ldm.files import staged_file
 from ldm.train.config import ABOUT, CONFIG, CURVES, METRICS, STATE, Optimizer, TrainConfig, to_toml
 from ldm.train.curves import draw_curves
@@ -87,20 +88,24 @@ def train(config: TrainConfig, task: Task, batches: Any, accelerator: Accelerato
             describe_run(folder, config)
         if first == last:  # all is done; the result may be lost, or wanted under another name
             run.save_result(target, last)
+            if is_main:
+                draw_curves(folder)
         for step, micro_batches in enumerate(batches_ahead, first):
             values = run.step(micro_batches, step)
             bar.update()
             done = step + 1
             if done % config.loop.log_every == 0 or done == last:
                 _report(bar, record, done, run.mean(values), config)
-            if done % config.loop.sample_every == 0 or done == last:
-                run.look(record, done)
-            if done % config.loop.save_every == 0 or done == last:
+            saves = done % config.loop.save_every == 0 or done == last
+            if saves:
                 run.check_finite(done)  # before anything is replaced
                 run.save_result(target, done)
+            if done % config.loop.sample_every == 0 or done == last:
+                run.look(record, done)
+            if saves:
+                run.save(folder / STATE, done)  # last: what is not done yet is done again by a run that goes on
                 if is_main:
                     draw_curves(folder)
-                run.save(folder / STATE, done)  # last: what is not done yet is done again by a run that goes on
     return target
 
 
@@ -192,8 +197,10 @@ class Run:
             try:
                 if record is not None and (sheet := self.task.pictures()) is not None:
                     record.picture(step, "samples", sheet)
-            except NumericalError as error:
-                log.warning("step %d: no samples: %s", step, error)
+            except (NumericalError, OSError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                    raise
+                log.warning("step %d: no samples: %s", step, first_line(error))
         self.accelerator.wait_for_everyone()
 
     def save_result(self, target: Path, step: int) -> None:
@@ -235,8 +242,9 @@ def check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
     for name in () if a_run else (config.output, *WRITTEN_OVER):
         if (path := folder / name).is_dir() or (path.is_file() and path.stat().st_size):
             raise RequestError(f"{path} is there already, and would be written over: choose another folder")
-    source = Path(config.data.source)
-    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+    source, here = Path(config.data.source).resolve(), folder.resolve()
+    inside = source.is_dir() and here.is_relative_to(source)
+    if inside and not a_run and not any(part.startswith(".") for part in here.relative_to(source).parts):
         raise RequestError(f"folder is {folder}, in data.source: its samples would be learned from; use one outside")
     if resume and not (folder / STATE).is_file():
         log.warning("%s has no %s: there is nothing to go on with, so this begins at step 0", folder, STATE)
