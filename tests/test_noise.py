@@ -208,5 +208,5 @@ def test_brownian_noise_reaches_from_pure_noise_to_a_clean_image(recwarn):
 
 def test_brownian_noise_tells_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchsde", None)
-    with pytest.raises(RequestError, match=r"pip install 'ldm\[brownian\]'"):
+    with pytest.raises(RequestError, match=r"pip install -e '\.\[brownian\]'"):
         brownian_noise([7], SHAPE, CPU, 0.03, 14.6)
