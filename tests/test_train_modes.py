@@ -335,11 +335,14 @@ def test_what_a_save_would_destroy_is_found_first(model, tmp_path):
     (tmp_path / "diffusion" / "model" / ".DS_Store").touch()
     notes = tmp_path / "diffusion" / "model" / "notes.txt"
     notes.touch()
-    with pytest.raises(RequestError, match=r"1 files that are no part of a model .*\(notes.txt\)"):
+    with pytest.raises(RequestError, match="model is there already, and would be written over"):
         run(config)
     assert not (tmp_path / "diffusion" / "metrics.jsonl").exists()
     notes.unlink()
     run(read(tmp_path, TUNE, f"model={model}", "loop.steps=1"))
+    notes.touch()
+    with pytest.raises(RequestError, match=r"1 files that are no part of a model .*\(notes.txt\)"):
+        run(config, resume=True)
 
 
 def test_pictures_of_an_inpainting_model(model, tmp_path):

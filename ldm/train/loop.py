@@ -240,7 +240,8 @@ def check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
     if a_run and not resume:
         raise RequestError(f"{folder} holds a run already: go on with it by --resume, or use another (--set folder=…)")
     for name in () if a_run else (config.output, *WRITTEN_OVER):
-        if (path := folder / name).is_dir() or (path.is_file() and path.stat().st_size):
+        path = folder / name
+        if any(not p.name.startswith(".") for p in path.glob("*")) or (path.is_file() and path.stat().st_size):
             raise RequestError(f"{path} is there already, and would be written over: choose another folder")
     source, here = Path(config.data.source).resolve(), folder.resolve()
     inside = source.is_dir() and here.is_relative_to(source)
