@@ -60,6 +60,7 @@ def load_model(
     checkpoint = open_checkpoint(Path(path), choices)
     config = config or read_config(checkpoint)
     checkpoint.report()
+    parts = {name: checkpoint.part(name) for name in NAMES}
     networks = {name: build(checkpoint, name, getattr(config, name)) for name in NAMES}
     plan = None
     if job:
@@ -69,7 +70,7 @@ def load_model(
             plan.report()
     for name, network in networks.items():
         away = plan.away[name] if plan else ()
-        fill(network, checkpoint.part(name), getattr(config, name), device, dtype, allow_nonfinite, away)
+        fill(network, parts[name], getattr(config, name), device, dtype, allow_nonfinite, away)
     return Model(**networks, config=config, plan=plan)
 
 
