@@ -14,6 +14,7 @@ DTYPES = {
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16",
 }  # fmt: skip
 
+LABELS = {"unet": "U-Net", "vae": "VAE", "text": "text encoder"}  # a model's networks, as people call them
 MAX_CFG_SCALE = 1000
 ACTIVATIONS = ("quick_gelu", "gelu")  # of CLIP text encoders: OpenAI's, and others'
 

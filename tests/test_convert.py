@@ -24,10 +24,9 @@ from ldm import Request, StableDiffusion
 from ldm.checkpoint import load_model, load_vae
 from ldm.checkpoint.convert import Conversion, convert
 from ldm.checkpoint.inspect import inspect
-from ldm.checkpoint.layouts import LABELS
 from ldm.checkpoint.sources import Choices
 from ldm.cli import main
-from ldm.config import SD_V1
+from ldm.config import LABELS, SD_V1
 from ldm.errors import CheckpointError, RequestError
 
 VERIFIED = Conversion(verify=True)

@@ -24,8 +24,9 @@ from torch import Tensor
 from ldm import ScheduleConfig, StableDiffusion, UNetConfig, VAEConfig
 from ldm.checkpoint import load_model, load_text, load_unet, load_vae
 from ldm.checkpoint.files import open_tensors
-from ldm.checkpoint.layouts import LABELS, NAMES, read_layout
+from ldm.checkpoint.layouts import NAMES, read_layout
 from ldm.checkpoint.sources import Choices, open_checkpoint
+from ldm.config import LABELS
 from ldm.errors import CheckpointError, RequestError
 from ldm.models import unet, vae
 

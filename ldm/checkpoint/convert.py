@@ -21,7 +21,7 @@ from ldm.checkpoint.detect import PARAMETERIZATIONS
 from ldm.checkpoint.files import FORMAT_DTYPES, MAX_CONFIG_BYTES, TORCH_DTYPES, StoredTensor, read_text
 from ldm.checkpoint.folders import EXTRAS, FOLDERS, PREVIEW, STEMS
 from ldm.checkpoint.header import FLOATS
-from ldm.checkpoint.layouts import EMA, LABELS, MARKS, POSITION_IDS, REPLACED, TEXT_LEVEL, Part, describe
+from ldm.checkpoint.layouts import EMA, MARKS, POSITION_IDS, REPLACED, TEXT_LEVEL, Part, describe
 from ldm.checkpoint.load import build, check, read_config, read_habits
 from ldm.checkpoint.names import disk_dims
 from ldm.checkpoint.sources import (
@@ -35,7 +35,7 @@ from ldm.checkpoint.sources import (
 )
 from ldm.checkpoint.vocabulary import read_vocabulary
 from ldm.checkpoint.writing import Output, release, same_bits, torch_dtype, write_tensors
-from ldm.config import DTYPES, SD_V1
+from ldm.config import DTYPES, LABELS, SD_V1
 from ldm.errors import CheckpointError, RequestError, printable
 from ldm.files import made_folder, staged_file, staged_folder
 from ldm.models.tokenizer import shipped_vocabulary

@@ -9,9 +9,10 @@ from typing import Any
 
 from ldm.checkpoint.detect import OtherFamilyError, cfg_scale_from_json
 from ldm.checkpoint.files import TORCH_DTYPES, StoredTensor, open_tensors
-from ldm.checkpoint.layouts import EMA, LABELS, POSITION_IDS, Part
+from ldm.checkpoint.layouts import EMA, POSITION_IDS, Part
 from ldm.checkpoint.names import VAE_ATTENTION_PLACES
 from ldm.checkpoint.sources import Checkpoint, find_sidecar_vae, open_checkpoint
+from ldm.config import LABELS
 from ldm.errors import CheckpointError, printable
 
 VARIANTS = {4: "text to image", 8: "InstructPix2Pix", 9: "inpainting"}  # by the U-Net's input channels

@@ -10,10 +10,9 @@ from typing import Any
 from ldm.checkpoint import detect
 from ldm.checkpoint.files import StoredTensor, TensorFile
 from ldm.checkpoint.names import Row, text_names, unet_names, vae_attention_name, vae_names
-from ldm.config import SD_V1
+from ldm.config import LABELS, SD_V1
 from ldm.errors import CheckpointError, printable
 
-LABELS = {"unet": "U-Net", "vae": "VAE", "text": "text encoder"}
 NAMES: dict[str, Callable[[Any], list[Row]]] = {"unet": unet_names, "vae": vae_names, "text": text_names}
 FROM_JSON = {"unet": detect.unet_from_json, "vae": detect.vae_from_json, "text": detect.text_from_json}
 FROM_SHAPES: dict[str, Callable[[detect.Shapes, str, str], Any]] = {

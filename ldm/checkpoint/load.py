@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ldm.checkpoint.detect import cfg_scale_from_json
 from ldm.checkpoint.files import StoredTensor
 from ldm.checkpoint.header import FLOATS
-from ldm.checkpoint.layouts import LABELS, NAMES, Part, describe
+from ldm.checkpoint.layouts import NAMES, Part, describe
 from ldm.checkpoint.sources import Checkpoint, Choices, open_checkpoint
 from ldm.checkpoint.vocabulary import load_tokenizer
 from ldm.checkpoint.writing import is_finite, release
-from ldm.config import SD_V1, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.config import LABELS, SD_V1, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.errors import CheckpointError
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet

@@ -11,8 +11,8 @@ from typing import Any
 from ldm.checkpoint import detect
 from ldm.checkpoint.files import TensorFile, open_tensors, parse_json, read_json, read_yaml
 from ldm.checkpoint.folders import EXTRAS, FOLDERS, is_component, open_component
-from ldm.checkpoint.layouts import LABELS, MARKS, Contents, Part, describe, read_extras, read_layout
-from ldm.config import ScheduleConfig
+from ldm.checkpoint.layouts import MARKS, Contents, Part, describe, read_extras, read_layout
+from ldm.config import LABELS, ScheduleConfig
 from ldm.diffusion import NoiseSchedule
 from ldm.diffusion.prediction import PREDICTION_TYPES
 from ldm.errors import CheckpointError, RequestError, printable

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ldm.cli.flags import MODEL_CHOICES, add_model_choices
+from ldm.config import LABELS
 from ldm.errors import RequestError
 
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from ldm.request import Request
     from ldm.runtime.device import pick_device, pick_dtype
     from ldm.runtime.memory import available, parse_memory
-    from ldm.runtime.plan import LABELS, MIB, Job
+    from ldm.runtime.plan import MIB, Job
 
     Request("", width=args.width, height=args.height, batch_size=args.batch_size)  # which refuses what cannot be
     device = pick_device(args.device)

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from ldm.config import ModelConfig
+from ldm.config import LABELS, ModelConfig
 from ldm.errors import RequestError
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
@@ -22,7 +22,6 @@ from ldm.runtime.streaming import streamable
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
-LABELS = {"unet": "U-Net", "vae": "VAE", "text": "text encoder"}
 PLENTY = 2  # times the weights, free
 LEFT = 1.05  # of what is counted, for what is not: pieces of memory too small to be given back
 

@@ -219,8 +219,9 @@ class Run:
                 with staged_file(path, overwrite=True) as temporary:
                     torch.save({**content, "step": step}, temporary)
             except RuntimeError as error:  # which is what a full disk is to torch
-                told = str(error).split("\n")[0]
-                raise LdmError(f"{path}: cannot be written; is there room on the disk? ({told:.200})") from error
+                raise LdmError(
+                    f"{path}: cannot be written; is there room on the disk? ({first_line(error)})"
+                ) from error
 
     def load(self, path: Path) -> int:
         """The step to go on with. Raises CheckpointError."""
