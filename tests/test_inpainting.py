@@ -375,7 +375,8 @@ def test_inpainting_models_see_mask_and_masked_image(widened, shipped, picture, 
     assert relative_error(x[:1, 5:], shipped._codec.encode(pixels_of, "none")) < 1e-5
     assert (pixels(painted)[32:] == pixels(picture)[32:]).all()
     seen.clear()
-    assert sd.txt2img(PROMPT, seed=1, steps=2)[0].tobytes() == shipped.txt2img(PROMPT, seed=1, steps=2)[0].tobytes()
+    drawn, plain = (pixels(model.txt2img(PROMPT, seed=1, steps=2)[0]).astype(int) for model in (sd, shipped))
+    assert abs(drawn - plain).max() <= 1
     assert torch.equal(seen[0][:, 4], torch.ones(1, 8, 8))
 
 

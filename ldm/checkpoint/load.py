@@ -23,7 +23,9 @@ from ldm.errors import CheckpointError
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.runtime import native
 from ldm.runtime.memory import keep_freed
+from ldm.runtime.packing import pack, packs
 from ldm.runtime.plan import Job, Plan, make_plan
 from ldm.runtime.streaming import Streamed, stream
 
@@ -57,11 +59,9 @@ def load_model(
     they are used; without one all are in memory. Raises CheckpointError, naming every missing, unexpected or misshapen
     tensor of the first network that has any, and those that hold NaN or infinity unless `allow_nonfinite`.
     """
-    checkpoint = open_checkpoint(Path(path), choices)
-    config = config or read_config(checkpoint)
+    checkpoint, config, networks = _open_model(path, config, choices, device)
     checkpoint.report()
     parts = {name: checkpoint.part(name) for name in NAMES}
-    networks = {name: build(checkpoint, name, getattr(config, name)) for name in NAMES}
     plan = None
     if job:
         plan = make_plan(networks, config, job, torch.device(device), dtype)
@@ -78,10 +78,21 @@ def plan_model(
     path: str | Path, job: Job, choices: Choices = Choices(), *, device: Device = "cpu", dtype: torch.dtype
 ) -> Plan | None:
     """How `load_model` would hold a model in memory, of which only headers are read. Raises CheckpointError."""
-    checkpoint = open_checkpoint(Path(path), choices)
-    config = read_config(checkpoint)
-    networks = {name: build(checkpoint, name, getattr(config, name)) for name in NAMES}
+    _, config, networks = _open_model(path, None, choices, device)
     return make_plan(networks, config, job, torch.device(device), dtype)
+
+
+def _open_model(
+    path: str | Path, config: ModelConfig | None, choices: Choices, device: Device
+) -> tuple[Checkpoint, ModelConfig, dict[str, Any]]:
+    """What is at a path, and its networks without weights, as they will run."""
+    checkpoint = open_checkpoint(Path(path), choices)
+    config = config or read_config(checkpoint)
+    networks = {name: build(checkpoint, name, getattr(config, name)) for name in NAMES}
+    if torch.device(device).type == "cpu":
+        for network in networks.values():
+            native.use_in(network)
+    return checkpoint, config, networks
 
 
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
@@ -154,8 +165,8 @@ def fill(
 ) -> None:
     """Give a network built on `meta` the tensors of `part`; where dtype and layout agree they stay views of the file.
 
-    Those of the weights `away` stay in the file alone until their layer runs. Raises CheckpointError as `check` does,
-    and for weights that are not finite in `dtype`.
+    Those of the weights `away` stay in the file alone until their layer runs, and some of a U-Net's are packed for its
+    CPU. Raises CheckpointError as `check` does, and for weights that are not finite in `dtype`.
     """
     shapes = check(network, part, config)
     state, nonfinite = {}, []
@@ -164,9 +175,15 @@ def fill(
         tensor = read()
         if not allow_nonfinite and not is_finite(tensor):
             nonfinite.append(name)
-        if ours in away:
-            tensor = Streamed(tensor, partial(read, copy=True))
-            stream(network.get_submodule(ours.removesuffix(".weight")))
+        layer = network.get_submodule(ours.rpartition(".")[0])
+        packing = isinstance(network, UNet) and ours.endswith(".weight") and packs(layer, torch.device(device), dtype)
+        if packing or ours in away:
+            weight = Streamed(tensor, partial(read, copy=True))
+            if ours in away:
+                stream(layer)
+            else:
+                pack(layer, weight, tensor)
+            tensor = weight
             release(part.tensors[name])
         state[ours] = tensor
     refuse_nonfinite(nonfinite, part, dtype)

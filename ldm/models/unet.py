@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config import UNetConfig
-from ldm.models.layers import GroupNorm, ResBlock, Upsample, attention, split_heads, to_map, to_tokens
+from ldm.models.layers import GroupNorm, ResBlock, Upsample, attention, gated_gelu, split_heads, to_map, to_tokens
 
 KeyValue = tuple[Tensor, Tensor]  # (b, heads, n, d) each
 
@@ -36,6 +36,7 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
+        self.attend = attention  # a runtime may have a faster one
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
@@ -43,7 +44,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (split_heads(proj(x), self.heads) for proj in (self.to_q, self.to_k, self.to_v))
-        return self.to_out(attention(q, k, v))
+        return self.to_out(self.attend(q, k, v))
 
 
 class CrossAttention(nn.Module):
@@ -52,6 +53,7 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, heads: int, context_dim: int):
         super().__init__()
         self.heads = heads
+        self.attend = attention  # a runtime may have a faster one
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
@@ -61,7 +63,7 @@ class CrossAttention(nn.Module):
         return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
 
     def forward(self, x: Tensor, key_value: KeyValue) -> Tensor:
-        return self.to_out(attention(split_heads(self.to_q(x), self.heads), *key_value))
+        return self.to_out(self.attend(split_heads(self.to_q(x), self.heads), *key_value))
 
 
 class GEGLU(nn.Module):
@@ -71,10 +73,10 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj_in = nn.Linear(dim, 2 * expansion * dim)
         self.proj_out = nn.Linear(expansion * dim, dim)
+        self.gate = gated_gelu  # a runtime may have a faster one
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj_in(x).chunk(2, dim=-1)
-        return self.proj_out(value * F.gelu(gate))
+        return self.proj_out(self.gate(self.proj_in(x)))
 
 
 def for_each_prompt(x: Tensor, like: Tensor) -> Tensor:
@@ -170,7 +172,7 @@ class UNet(nn.Module):
             if level != 0:
                 self.up.append(Upsample(width))
 
-        self.norm_out = GroupNorm(config.norm_groups, width, eps=1e-5)
+        self.norm_out = GroupNorm(config.norm_groups, width, eps=1e-5, silu=True)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
     @property
@@ -193,20 +195,34 @@ class UNet(nn.Module):
 
         Keys and values may be of n·b prompts, the first of each picture before the second of any: so is the answer.
         """
+        outer = self.enter(x)
+        return self.leave(outer, self.deep(outer, shifts, keys_values), shifts, keys_values)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The first layer of `predict`: latents (b, in_channels, h, w) → (b, channels, h, w)."""
+        return self.conv_in(x.contiguous(memory_format=torch.channels_last))
+
+    def deep(self, outer: Tensor, shifts: Sequence[Tensor], keys_values: Sequence[KeyValue]) -> Tensor:
+        """All layers of `predict` between `enter` and `leave`: what the last stage sees beside the first layer's."""
         shift, key_value = iter(shifts), iter(keys_values)
-        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
-        skips = [h]
+        h, skips = outer, [outer]
         for layer in self.down:
             h = layer(h) if isinstance(layer, Downsample) else layer(h, shift, key_value)
             skips.append(h)
         for stage in self.middle:
             h = stage(h, shift, key_value)
-        for layer in self.up:
+        for layer in list(self.up)[:-1]:
             if isinstance(layer, Upsample):
                 h = layer(h, size=skips[-1].shape[-2:])  # odd sizes round up on the way down
             else:
                 h = layer(torch.cat([h, for_each_prompt(skips.pop(), h)], dim=1), shift, key_value)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return h
+
+    def leave(self, outer: Tensor, deep: Tensor, shifts: Sequence[Tensor], keys_values: Sequence[KeyValue]) -> Tensor:
+        """The last layers of `predict`, on the first's output and what the others made of it, or of one before."""
+        h = torch.cat([deep, for_each_prompt(outer, deep)], dim=1)
+        h = self.up[-1](h, iter(shifts[-1:]), iter(keys_values[-1:]))
+        return self.conv_out(self.norm_out(h))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x (b, in_channels, h, w), t (b,), context (b, n, context_dim) → eps or v (b, out_channels, h, w)."""

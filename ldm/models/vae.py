@@ -94,12 +94,12 @@ class Encoder(nn.Module):
             if level != len(widths) - 1:
                 self.down.append(Downsample(width))
         self.middle = middle(width, config.norm_groups)
-        self.norm_out = GroupNorm(config.norm_groups, width, eps=NORM_EPS)
+        self.norm_out = GroupNorm(config.norm_groups, width, eps=NORM_EPS, silu=True)
         self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.middle(self.down(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class Decoder(nn.Module):
@@ -117,12 +117,12 @@ class Decoder(nn.Module):
             width = out_width
             if level != 0:
                 self.up.append(Upsample(width))
-        self.norm_out = GroupNorm(config.norm_groups, width, eps=NORM_EPS)
+        self.norm_out = GroupNorm(config.norm_groups, width, eps=NORM_EPS, silu=True)
         self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.up(self.middle(self.conv_in(z)))
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class VAE(nn.Module):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.layers import GroupNorm, ResBlock, Upsample, row_statistics
+from ldm.models.layers import GroupNorm, ResBlock, Upsample
 from ldm.models.vae import VAE, DiagonalGaussian, Downsample
 
 STRIP_PIXELS = 1 << 14  # of a map at once
@@ -45,7 +45,7 @@ def encode(vae: VAE, image: Tensor) -> DiagonalGaussian:
     encoder = vae.encoder
     image = image.contiguous(memory_format=torch.channels_last)
     h = encoder.middle(_through(encoder.down, _whole(_convolved(encoder.conv_in, _of(image)))))
-    mean, logvar = vae.quant_conv(encoder.conv_out(F.silu(encoder.norm_out(h)))).chunk(2, dim=1)
+    mean, logvar = vae.quant_conv(encoder.conv_out(encoder.norm_out(h))).chunk(2, dim=1)
     return DiagonalGaussian(mean, logvar)
 
 
@@ -91,10 +91,10 @@ def _enlarged(x: Tensor) -> Rows:
 
 def _activated(norm: GroupNorm, x: Tensor) -> Rows:
     rows = _of(x)
-    statistics = [row_statistics(rows.read(*strip)) for strip in rows.strips()]
+    statistics = [norm.row_statistics(rows.read(*strip)) for strip in rows.strips()]
     mean, var = (torch.cat(parts, dim=1) for parts in zip(*statistics, strict=True))
     normalise = norm.given(mean, var)
-    return rows._replace(read=lambda start, stop: F.silu(normalise(rows.read(start, stop)), inplace=True))
+    return rows._replace(read=lambda start, stop: normalise(rows.read(start, stop)))
 
 
 def _convolved(conv: nn.Conv2d, rows: Rows, padding: tuple[int, int] = (1, 1)) -> Rows:

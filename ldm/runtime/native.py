@@ -1,0 +1,208 @@
+"""The kernels of kernels.cpp: compiled once for this CPU where there is a C++ compiler; elsewhere torch's operators do.
+
+They compute what `ldm.models.layers` has and stand in for it in networks that are used, and not trained (`use_in`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.files import staged_folder
+from ldm.models import layers
+from ldm.models.layers import GroupNorm
+from ldm.models.unet import GEGLU, CrossAttention, SelfAttention
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+LIBRARY, TRUSTED = "kernels.so", "trusted.txt"
+SWITCH = "LDM_NATIVE"  # an environment variable; 0 leaves the kernels out
+PATIENCE = 120  # seconds, for the compiler
+MOST_HEAD = 256  # numbers in a head of attention, as in kernels.cpp
+CHANNELS = 16  # that kernels take at once, at most
+
+KERNELS = ("row_statistics", "scale_and_shift", "gated_gelu", "attention")
+LOADED: dict[str, Callable[..., None]] = {}  # the kernels there are, by name and type
+
+
+def use_in(network: nn.Module) -> None:
+    """Let a network on the CPU run by these kernels, where there are any. It cannot be trained from then on."""
+    load()
+    for layer in network.modules() if LOADED else ():
+        if isinstance(layer, SelfAttention | CrossAttention):
+            layer.attend = attention
+        elif isinstance(layer, GEGLU):
+            layer.gate = gated_gelu
+        elif isinstance(layer, GroupNorm) and layer.num_channels % CHANNELS == 0:
+            layer.row_statistics, layer.scale_and_shift = row_statistics, scale_and_shift
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `ldm.models.layers.attention`."""
+    batch, heads, queries, size = q.shape
+    kernel = _kernel("attention", q)
+    if kernel is None or size > MOST_HEAD or not all(t.stride(3) == 1 for t in (q, k, v)):
+        return layers.attention(q, k, v)
+    out = q.new_empty(batch, queries, heads * size)
+    if q.is_meta:  # where it counts what is taken: copies of keys and values, too
+        torch.cat([k, v])
+        return out
+    strides = [stride for t in (q, k, v) for stride in t.stride()[:3]]
+    kernel(*_at(q, k, v, out), _numbers(batch, heads, queries, k.shape[2], size), _numbers(*strides), _threads())
+    return out
+
+
+def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `ldm.models.layers.row_statistics`, in float64."""
+    kernel = _kernel("row_statistics", x)
+    if kernel is None or not _is_flat(x):
+        return layers.row_statistics(x)
+    batch, channels, height, width = x.shape
+    mean, variance = torch.empty(2, batch, height, 1, channels, dtype=torch.float64, device=x.device)
+    if not x.is_meta:
+        kernel(*_at(x, mean, variance), _numbers(batch * height, width, channels), _threads())
+    return mean, variance
+
+
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
+    """As `ldm.models.layers.scale_and_shift`."""
+    kernel = _kernel("scale_and_shift", x)
+    if kernel is None or not _is_flat(x) or scale.dtype != torch.float32:
+        return layers.scale_and_shift(x, scale, shift, silu)
+    out = torch.empty_like(x)
+    if not x.is_meta:
+        batch, channels, height, width = x.shape
+        size = _numbers(batch, height * width, channels)
+        kernel(*_at(x, scale.contiguous(), shift.contiguous(), out), size, int(silu), _threads())
+    return out
+
+
+def gated_gelu(x: Tensor) -> Tensor:
+    """As `ldm.models.layers.gated_gelu`."""
+    kernel, size = _kernel("gated_gelu", x), x.shape[-1] // 2
+    if kernel is None or size % CHANNELS or not x.is_contiguous():
+        return layers.gated_gelu(x)
+    out = x.new_empty(*x.shape[:-1], size)
+    if not x.is_meta:
+        kernel(*_at(x, out), _numbers(out.numel() // size, size), _threads())
+    return out
+
+
+def _kernel(name: str, like: Tensor) -> Callable[..., None] | None:
+    """That for a tensor, where there is one, and nothing is to be learned."""
+    if like.device.type not in ("cpu", "meta") or (torch.is_grad_enabled() and like.requires_grad):
+        return None
+    return LOADED.get(_named(name, like.dtype))
+
+
+def _named(kernel: str, dtype: torch.dtype) -> str:
+    return f"{kernel}_{str(dtype)[6:]}"
+
+
+def _is_flat(x: Tensor) -> bool:
+    """Whether the pixels of (b, c, h, w) follow each other without gaps."""
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _at(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+
+
+def _numbers(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+@cache
+def load() -> None:
+    """Load the kernels that agree with torch, after compiling them where this CPU has none yet."""
+    capable = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    if sys.platform != "linux" or not capable or os.environ.get(SWITCH) == "0":
+        return
+    folder = _cache() / f"kernels-{_fingerprint()}"
+    try:
+        if not folder.is_dir():
+            make(folder)
+        LOADED.update(open_library(folder / LIBRARY, (folder / TRUSTED).read_text().split()))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("no kernels of our own, torch's are slower: %s", error)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm"
+
+
+def _fingerprint() -> str:
+    """Of all that the library depends on."""
+    cpu = re.findall(r"^(?:model name|flags)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[:2]
+    parts = (SOURCE.read_text(), *FLAGS, *cpu, torch.__version__)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def make(folder: Path) -> None:
+    """Compile, and let another process, lest this one crashes, tell which kernels agree with torch."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise FileNotFoundError("there is no C++ compiler")
+    log.info("compiling kernels for this CPU, once")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError), staged_folder(folder) as temporary:  # another may have made it by now
+        library = temporary / LIBRARY
+        compile_to(library, compiler)
+        check = [sys.executable, "-m", "ldm.runtime.native", str(library)]
+        (temporary / TRUSTED).write_text(subprocess.run(check, capture_output=True, text=True, timeout=PATIENCE).stdout)
+
+
+def compile_to(library: Path, compiler: str, *flags: str) -> None:
+    command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(library)]
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+
+
+def open_library(library: Path, names: Iterable[str]) -> dict[str, Callable[..., None]]:
+    opened = ctypes.CDLL(str(library))
+    opened.allow_tiles()
+    return {name: getattr(opened, name) for name in names if hasattr(opened, name)}
+
+
+def agreeing() -> Iterator[str]:
+    """The names of those kernels that are loaded whose results are torch's but for rounding."""
+    for dtype, tolerance in {torch.float32: 1e-5, torch.bfloat16: 1e-2}.items():
+        x = torch.randn(2, 48, 9, 11).to(dtype, memory_format=torch.channels_last)
+        scale, shift = torch.randn(2, 2, 48, 1, 1)
+        heads = [layers.split_heads(torch.randn(2, tokens, 48).to(dtype), 2) for tokens in (99, 300, 300)]
+        for ours, plain, args in (
+            (row_statistics, layers.row_statistics, (x,)),
+            (scale_and_shift, layers.scale_and_shift, (x, scale, shift, True)),
+            (gated_gelu, layers.gated_gelu, (torch.randn(2, 9, 96).to(dtype),)),
+            (attention, layers.attention, heads),
+        ):
+            name = _named(ours.__name__, dtype)
+            if name in LOADED:
+                result, expected = (torch.cat([t.double().flatten() for t in run(*args)]) for run in (ours, plain))
+                if torch.dist(result, expected) <= tolerance * expected.norm():
+                    yield name
+
+
+if __name__ == "__main__":
+    every = [_named(kernel, dtype) for kernel in KERNELS for dtype in (torch.float32, torch.bfloat16)]
+    LOADED.update(open_library(Path(sys.argv[1]), every))
+    for name in agreeing():
+        print(name, flush=True)

@@ -1,0 +1,232 @@
+"""The kernels for CPUs: against float64, in networks, and where there is no compiler."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+from conftest import SHIPPED, TINY_UNET, relative_error
+
+from ldm.checkpoint.load import load_unet, load_vae
+from ldm.models import layers
+from ldm.models.unet import UNet
+from ldm.runtime import native, strips
+from ldm.runtime.footprint import footprint
+
+COMPILER = shutil.which("c++")
+SHAPES = [  # batch, heads, queries, keys, size of a head
+    (1, 1, 1, 1, 8),
+    (2, 3, 50, 77, 40),
+    (1, 2, 33, 257, 24),
+    (2, 2, 64, 64, 160),
+    (1, 1, 97, 513, 80),
+    (1, 1, 31, 300, 256),
+]
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def loaded():
+    native.load()
+    assert {"attention_float32", "row_statistics_bfloat16", "scale_and_shift_float32"} <= native.LOADED.keys()
+
+
+@pytest.fixture
+def played_tiles(tmp_path_factory, monkeypatch):
+    """Attention in bfloat16 with AMX's tiles played by plain loops, on any CPU."""
+    library = tmp_path_factory.getbasetemp() / "played.so"
+    if not library.exists():
+        native.compile_to(library, COMPILER, "-DPLAY_AMX")
+    monkeypatch.setattr(native, "LOADED", native.open_library(library, ["attention_bfloat16"]))
+
+
+def heads_of(batch, heads, queries, keys, size, dtype=torch.float32, spread=1.0):
+    """q, k and v as networks have them: strided views of (b, n, heads·d)."""
+    generator = torch.Generator().manual_seed(queries)
+    tokens = (torch.randn(batch, n, heads * size, generator=generator) * spread for n in (queries, keys, keys))
+    return [layers.split_heads(each.to(dtype), heads) for each in tokens]
+
+
+def exact_attention(q, k, v):
+    q, k, v = q.double(), k.double(), v.double()
+    weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("spread", [1.0, 2.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_is_as_exact_as_torchs(shape, spread):
+    q, k, v = heads_of(*shape, spread=spread)
+    expected = exact_attention(q, k, v)
+    ours, torchs = (relative_error(attend(q, k, v), expected) for attend in (native.attention, layers.attention))
+    assert ours <= 2 * torchs + 1e-7
+
+
+@pytest.mark.parametrize("spread", [1.0, 2.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tiled_attention_is_as_exact_as_torchs(shape, spread, played_tiles):
+    q, k, v = heads_of(*shape, torch.bfloat16, spread)
+    expected = exact_attention(q, k, v)
+    ours, torchs = (relative_error(attend(q, k, v), expected) for attend in (native.attention, layers.attention))
+    assert ours <= 1.1 * torchs + 1e-4
+
+
+@pytest.mark.parametrize("keys", [200, 600])
+def test_attention_where_a_later_key_counts_a_thousand_times_more(keys):
+    """The maximum that weights are relative to grows from tile to tile, and what was summed up fades."""
+    q, k, v = heads_of(1, 1, 50, keys, 16)
+    k = k * torch.linspace(0.01, 20, keys)[:, None]
+    assert relative_error(native.attention(q, k, v), exact_attention(q, k, v)) < 3e-6
+
+
+def test_attention_passes_on_what_is_not_a_number():
+    q, k, v = heads_of(1, 2, 50, 77, 40)
+    q[0, 1, 3, 5] = torch.nan
+    out = native.attention(q, k, v).unflatten(2, (2, 40))
+    assert out[0, 3, 1].isnan().all()
+    assert out.isnan().sum() == 40
+
+
+def test_threads_change_nothing():
+    q, k, v = heads_of(2, 3, 130, 77, 40)
+    together = native.attention(q, k, v)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(native.attention(q, k, v), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_statistics_of_rows(dtype, offset):
+    x = (torch.randn(2, 48, 7, 33) + offset).to(dtype, memory_format=torch.channels_last)
+    mean, variance = native.row_statistics(x)
+    pixels = x.double().permute(0, 2, 3, 1)
+    assert torch.allclose(mean, pixels.mean(dim=2, keepdim=True), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(variance, pixels.var(dim=2, keepdim=True, correction=0), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=str)
+def test_scale_and_shift(dtype, bound, silu):
+    x = torch.linspace(-200, 200, 2 * 48 * 5 * 7).view(2, 48, 5, 7).to(dtype, memory_format=torch.channels_last)
+    scale, shift = torch.randn(2, 2, 48, 1, 1)
+    out = native.scale_and_shift(x, scale, shift, silu)
+    expected = x.double() * scale.double() + shift.double()
+    if silu:
+        expected = expected * expected.sigmoid()
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(out, expected) < bound
+    x[1, 5, 2, 3] = torch.nan
+    assert native.scale_and_shift(x, scale, shift, silu).isnan().sum() == 1
+
+
+@pytest.mark.parametrize(("size", "mean"), [((2, 64, 9, 8), 0.7), ((1, 64, 65, 80), 10), ((1, 32, 300, 300), 100)])
+def test_group_norms_are_exact(size, mean):
+    x = (torch.randn(size) * 1.5 + mean).contiguous(memory_format=torch.channels_last)
+    norm = layers.GroupNorm(32, size[1], eps=1e-6, silu=True)
+    native.use_in(norm)
+    expected = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 32, eps=1e-6))
+    assert relative_error(norm(x), expected) < 1e-7 * max(mean, 2)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-7), (torch.bfloat16, 4e-3)], ids=str)
+def test_gated_gelu(dtype, bound):
+    gates = torch.linspace(-20, 20, 3 * 5 * 48).view(3, 5, 48)
+    x = torch.cat([torch.randn(3, 5, 48), gates], dim=-1).to(dtype)
+    values, gates = x.double().chunk(2, dim=-1)
+    assert relative_error(native.gated_gelu(x), values * torch.nn.functional.gelu(gates)) < bound
+    low = torch.cat([torch.ones(1, 1, 48), torch.linspace(-5, -1, 48).view(1, 1, 48)], dim=-1)  # where 1 + erf cancels
+    assert relative_error(native.gated_gelu(low), torch.nn.functional.gelu(low[..., 48:].double())) < 1e-6
+    x[1, 2, 50] = torch.nan
+    assert native.gated_gelu(x).isnan().sum() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_unet_computes_the_same(dtype):
+    torch.manual_seed(0)
+    plain = UNet(TINY_UNET).eval()
+    x, t, context = torch.randn(2, 4, 16, 24), torch.tensor([3.0, 500.0]), torch.randn(2, 77, 48)
+    expected = plain.double()(x.double(), t, context.double())
+    plain = plain.to(dtype)
+    quick = deepcopy(plain)
+    native.use_in(quick)
+    ours, torchs = (relative_error(unet(x.to(dtype), t, context.to(dtype)), expected) for unet in (quick, plain))
+    assert ours <= (1e-5 if dtype == torch.float32 else 2 * torchs)
+
+
+def test_the_shipped_networks_compute_the_same():
+    plain_unet, plain_vae = load_unet(SHIPPED), load_vae(SHIPPED)
+    unet, vae = deepcopy(plain_unet), deepcopy(plain_vae)
+    native.use_in(unet)
+    native.use_in(vae)
+    z, context = torch.randn(1, 4, 16, 16), torch.randn(1, 32, unet.config.context_dim)
+    t = torch.tensor([300.0])
+    assert relative_error(unet(z, t, context), plain_unet(z, t, context)) < 1e-5
+    assert relative_error(vae.decode(z), plain_vae.decode(z)) < 1e-5
+    assert relative_error(strips.decode(vae, z), plain_vae.decode(z)) < 1e-5
+
+
+def test_networks_that_learn_do_without():
+    x = torch.randn(1, 48, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.enable_grad():
+        mean, _ = native.row_statistics(x)
+        q, k, v = heads_of(1, 1, 5, 5, 8)
+        out = native.attention(q.requires_grad_(), k, v)
+    assert mean.requires_grad and out.requires_grad
+
+
+def test_what_is_taken_is_counted():
+    """On tensors without data the kernels take what they take on those with."""
+    q, k, v = (t.to("meta") for t in heads_of(1, 8, 64, 4096, 40))
+    out, copies = q.nbytes, k.nbytes + v.nbytes
+    assert footprint(lambda: native.attention(q, k, v)) == out + copies
+
+
+def without(tmp_path, compiler):
+    code = (
+        "import ldm; from ldm.runtime import native; "
+        "ldm.StableDiffusion.load(device='cpu').txt2img('a red circle', steps=1, width=64, height=64); "
+        "print(len(native.LOADED))"
+    )
+    env = {"CXX": compiler, "XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": "."}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    return run.stdout.strip(), list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_that_works_torch_does_it(tmp_path, compiler):
+    assert without(tmp_path, compiler) == ("0", [])
+
+
+def test_kernels_that_crash_are_not_used(tmp_path, monkeypatch):
+    """Whatever the check prints before it dies is what is trusted."""
+    source = tmp_path / "kernels.cpp"
+    broken = native.SOURCE.read_text().replace("void allow_tiles() {", "void allow_tiles() { __builtin_trap();")
+    source.write_text(broken)
+    monkeypatch.setattr(native, "SOURCE", source)
+    monkeypatch.setattr(native, "LOADED", {})
+    native.make(tmp_path / "made")
+    assert (tmp_path / "made" / native.TRUSTED).read_text() == ""
+
+
+def test_kernels_that_are_wrong_are_not_used(tmp_path, monkeypatch):
+    source = tmp_path / "kernels.cpp"
+    source.write_text(
+        native.SOURCE.read_text()
+        .replace("SLACK = 8.f", "SLACK = 1e9f")
+        .replace("* scale - most[r]", "* 1.1f * scale - most[r]")
+    )
+    monkeypatch.setattr(native, "SOURCE", source)
+    native.make(tmp_path / "made")
+    trusted = (tmp_path / "made" / native.TRUSTED).read_text().split()
+    assert "row_statistics_float32" in trusted
+    assert "attention_float32" not in trusted
