@@ -91,7 +91,10 @@ class Engine:
             if mask is not None and request.fill == "noise" and len(levels) > 1:
                 filled = latents + mask * (noise() - latents)
             x = start.add_noise(filled, x) if len(levels) > 1 else latents
-        predictor = Predictor(self.unet, self.config.schedule.prediction_type, levels, request.tiling)
+        predictor = Predictor(
+            self.unet, self.config.schedule.prediction_type, levels, request.tiling,
+            deep_cache=request.deep_cache, token_merging=request.token_merging,
+        )  # fmt: skip
         conditions = self._conditions(request, fitted, mask, done)
         denoise = guided(predictor, conditions, request, levels, self.apart)
         if mask is not None and latents is not None and not self.config.inpaints:

@@ -26,6 +26,7 @@ NOISE_SOURCES = ("cpu", "cuda")
 TILINGS = ("none", "both", "x", "y")
 FILLS = ("original", "noise", "blur")
 UPSCALERS = ("latent", "lanczos")
+MAX_MERGED = 0.75  # of tokens: all but one of each 2×2
 
 
 def option(default: Any, help: str, least: float | None = None, most: float | None = None, choices: Any = None) -> Any:
@@ -112,6 +113,21 @@ class Request:
     hires_steps: int | None = option(None, "steps of the second pass; none given: those of the first", 1, MAX_STEPS)
     hires_strength: float = option(0.7, "share of them to run", 0, 1)
     hires_upscaler: str = option("latent", "what is enlarged: latents, or the picture by lanczos", choices=UPSCALERS)
+
+    # What is computed less often, or of less.
+    deep_cache: int = option(
+        1,
+        "evaluate the whole U-Net at the first of every this many steps, and at the others its outermost layers alone: "
+        "faster, less exact; 1 for all",
+        1,
+        MAX_STEPS,
+    )
+    token_merging: float = option(
+        0.0,
+        f"share of the finest self-attention's tokens to merge with those alike, 0 to {MAX_MERGED}: faster, less exact",
+        0,
+        MAX_MERGED,
+    )
 
     def __post_init__(self) -> None:
         faults = [fault for f in fields(self) for fault in self._faults(f)]

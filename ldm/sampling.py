@@ -18,6 +18,7 @@ from ldm.errors import RequestError
 from ldm.models.unet import KeyValue, UNet
 from ldm.request import Request
 from ldm.runtime.memory import first_that_fits
+from ldm.runtime.merging import merging
 from ldm.runtime.tiling import seamless
 
 log = logging.getLogger(__name__)
@@ -31,16 +32,30 @@ class Branch(NamedTuple):
 
 
 class Predictor:
-    """The U-Net as a function of latents, level and branches. What is constant over the steps is computed once."""
+    """The U-Net as a function of latents, level and branches. What is constant over the steps is computed once.
 
-    def __init__(self, unet: UNet, prediction_type: str, levels: Sequence[Level], tiling: str = "none"):
+    deep_cache, token_merging: as in Request.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        prediction_type: str,
+        levels: Sequence[Level],
+        tiling: str = "none",
+        deep_cache: int = 1,
+        token_merging: float = 0.0,
+    ):
         self.unet, self.prediction_type, self.tiling = unet, prediction_type, tiling
+        self.deep_cache, self.token_merging = deep_cache, token_merging
         bias = unet.conv_in.bias  # which is in memory, where not all weights are
         assert bias is not None
         self.device, self.dtype = bias.device, bias.dtype
         times = list(dict.fromkeys(level.t for level in levels))
         self._shifts = dict(zip(times, self._embed(times), strict=True))
         self._keys_values: dict[tuple[int, ...], list[KeyValue]] = {}  # by batch size and the contexts they are made of
+        self._deep: dict[tuple[int, ...], Tensor] = {}  # of the steps of one period, by all that it is made of but x
+        self._period = 0
 
     @torch.no_grad()
     def _embed(self, times: Sequence[float]) -> list[tuple[Tensor, ...]]:
@@ -64,22 +79,47 @@ class Predictor:
         return self._keys_values[key]
 
     @torch.no_grad()
-    def together(self, x: Tensor, level: Level, branches: Sequence[Branch]) -> list[Prediction]:
+    def together(self, x: Tensor, level: Level, branches: Sequence[Branch], step: int = 0) -> list[Prediction]:
         """A prediction for each branch, from one evaluation. Their contexts must have one length.
 
         What the branches share until they meet their prompts is computed once, unless they see other channels.
+        step: by which `deep_cache` counts. The caller keeps the branches' tensors, whose identity tells them.
         """
         keys_values = self._keys_values_of([branch.context for branch in branches], len(x))
         alike = all(branch.beside is branches[0].beside for branch in branches)
         seen = [_with_channels(x, branch.beside) for branch in (branches[:1] if alike else branches)]
         latents = torch.cat(seen).to(self.dtype)
-        with seamless(self.tiling):
-            outputs = self.unet.predict(latents, self._shifts_at(level.t), keys_values).float().chunk(len(branches))
-        return [PREDICTION_TYPES[self.prediction_type](output, x, level) for output in outputs]
+        of_what = (len(x), *(id(tensor) for branch in branches for tensor in branch))
+        with seamless(self.tiling), merging(self.unet, self.token_merging, latents.shape[-2:]):
+            outputs = self._evaluate(latents, self._shifts_at(level.t), keys_values, step, of_what)
+        predict = PREDICTION_TYPES[self.prediction_type]
+        return [predict(output, x, level) for output in outputs.float().chunk(len(branches))]
 
-    def apart(self, x: Tensor, level: Level, branches: Sequence[Branch]) -> list[Prediction]:
+    def _evaluate(
+        self,
+        latents: Tensor,
+        shifts: Sequence[Tensor],
+        keys_values: Sequence[KeyValue],
+        step: int,
+        of_what: tuple[int, ...],
+    ) -> Tensor:
+        """The whole U-Net, or its outermost layers around what the others answered last, in one period of steps.
+
+        DeepCache, Ma et al. 2023, arXiv:2312.00858, section 3.3: its 1:N strategy, with the shallowest of its branches.
+        """
+        if self.deep_cache == 1:
+            return self.unet.predict(latents, shifts, keys_values)
+        period, since = divmod(step, self.deep_cache)
+        if period != self._period:
+            self._period, self._deep = period, {}
+        outer = self.unet.enter(latents)
+        if since == 0 or of_what not in self._deep:
+            self._deep[of_what] = self.unet.deep(outer, shifts, keys_values)
+        return self.unet.leave(outer, self._deep[of_what], shifts, keys_values)
+
+    def apart(self, x: Tensor, level: Level, branches: Sequence[Branch], step: int = 0) -> list[Prediction]:
         """The same, from an evaluation each."""
-        return [self.together(x, level, [branch])[0] for branch in branches]
+        return [self.together(x, level, [branch], step)[0] for branch in branches]
 
 
 def _with_channels(x: Tensor, beside: Tensor | None) -> Tensor:
@@ -107,15 +147,16 @@ def guided(
     ask = predictor.apart if apart else first_that_fits(plans)
     visited, cfg_scale = levels[:-1], request.cfg_scale
     assert cfg_scale is not None
+    unseen = None if conditions.beside is None else torch.zeros_like(conditions.beside)
 
     def step_of(level: Level) -> int:
         """The step during which a level is visited, be it one of the grid or one between two of them."""
         return max(sum(before.ratio >= level.ratio * (1 - 1e-9) for before in visited) - 1, 0)
 
-    def predict(x: Tensor, level: Level, branches: Sequence[Branch]) -> list[Prediction]:
+    def predict(x: Tensor, level: Level, branches: Sequence[Branch], step: int) -> list[Prediction]:
         if len({branch.context.shape[1] for branch in branches}) > 1:
-            return predictor.apart(x, level, branches)
-        return ask(x, level, branches)
+            return predictor.apart(x, level, branches, step)
+        return ask(x, level, branches, step)
 
     def denoise(x: Tensor, level: Level) -> Prediction:
         """The guided prediction: of as many evaluations of the U-Net as there are branches, or of one."""
@@ -127,11 +168,12 @@ def guided(
         scale = cfg_scale if active else 1.0
         uncond = Branch(unconditional, conditions.beside)
         if conditions.edits:
-            result, plain = _edited(predict(x, level, [_blind(uncond), uncond, *conds]), weights, scale, request)
+            blind = Branch(unconditional, unseen)  # to the picture that is to be edited
+            result, plain = _edited(predict(x, level, [blind, uncond, *conds], step), weights, scale, request)
         elif scale == 1 and weights == (1.0,):
-            return predict(x, level, conds)[0]
+            return predict(x, level, conds, step)[0]
         else:
-            first, *predictions = predict(x, level, [uncond, *conds])
+            first, *predictions = predict(x, level, [uncond, *conds], step)
             result, plain = (guide(first, predictions, weights, each) for each in (scale, 1.0))
         if active and request.guidance_rescale:
             result = rescale(result, plain, request.guidance_rescale, x, level, predictor.prediction_type)
@@ -140,12 +182,6 @@ def guided(
         return result
 
     return denoise
-
-
-def _blind(branch: Branch) -> Branch:
-    """Without the picture that is to be edited."""
-    assert branch.beside is not None
-    return Branch(branch.context, torch.zeros_like(branch.beside))
 
 
 def _edited(

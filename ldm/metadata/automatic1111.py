@@ -15,7 +15,7 @@ from ldm.diffusion import samplers
 from ldm.diffusion.grids import GRIDS
 from ldm.errors import ImageError, RequestError, printable
 from ldm.metadata.origin import Origin, draws_brownian, find_grid, find_sampler, stem, warn_lost
-from ldm.request import Request
+from ldm.request import MAX_MERGED, Request
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ NUMBERS: dict[str, tuple[str, type]] = {
     "Variation seed": ("variation_seed", int),
     "Variation seed strength": ("variation_strength", float),
     "Clip skip": ("clip_skip", int),
+    "Token merging ratio": ("token_merging", float),
     "Eta": ("eta", float),
     "Eta DDIM": ("eta", float),
     "Hires upscale": ("hires_scale", float),
@@ -47,10 +48,10 @@ SIZES = {"Size": ("width", "height"), "Seed resize from": ("seed_width", "seed_h
 SHAPING = {  # that have no place in a request; other keys are an extension's, or say nothing of the picture
     "ENSD", "Face restoration", "First pass size", "Hires resize", "Hires sampler", "Hires schedule type",
     "Hires checkpoint", "Hires prompt", "Hires negative prompt", "Hires CFG Scale", "Conditional mask weight",
-    "Noise multiplier", "Mask mode", "Refiner", "Refiner switch at", "Token merging ratio", "Token merging ratio hr",
-    "NGMS", "Skip Early CFG", "Sigma churn", "Sigma tmin", "Sigma tmax", "Sigma noise", "Schedule max sigma",
-    "Schedule min sigma", "Schedule rho", "Discard penultimate sigma", "FP8 weight", "Script", "Hypernet",
-    "Noise Schedule", "UniPC variant", "UniPC skip type", "UniPC order",
+    "Noise multiplier", "Mask mode", "Refiner", "Refiner switch at", "NGMS", "Skip Early CFG", "Sigma churn",
+    "Sigma tmin", "Sigma tmax", "Sigma noise", "Schedule max sigma", "Schedule min sigma", "Schedule rho",
+    "Discard penultimate sigma", "FP8 weight", "Script", "Hypernet", "Noise Schedule", "UniPC variant",
+    "UniPC skip type", "UniPC order",
 }  # fmt: skip
 # Its names of schedules that mean others here.
 SCHEDULES = {"Uniform": "normal", "DDIM": "uniform"}
@@ -90,6 +91,7 @@ def _settings_of(request: Request, steps: int) -> dict[str, Any]:
         "Variation seed strength": request.variation_strength if varied else None,
         "Seed resize from": _pair(request.seed_width, request.seed_height),
         "Clip skip": _unless(request.clip_skip, defaults.clip_skip),
+        "Token merging ratio": request.token_merging or None,
         "RNG": _word("RNG", request.noise) if request.noise == "cpu" else None,
         "Tiling": _word("Tiling", request.tiling),
         "Eta DDIM" if request.sampler == "ddim" else "Eta": _unless(request.eta, method.eta),
@@ -106,6 +108,7 @@ def _passes_of(request: Request, masked: bool) -> dict[str, Any]:
         settings["Hires upscale"] = request.hires_scale
         settings["Hires steps"] = request.hires_steps
         settings["Hires upscaler"] = _word("Hires upscaler", request.hires_upscaler)
+        settings["Token merging ratio hr"] = request.token_merging or None
     if masked:
         settings["Mask blur"] = request.mask_blur
         settings["Masked content"] = _word("Masked content", request.fill)
@@ -161,7 +164,7 @@ def parse(text: str, noise: str = "cuda") -> Origin:
     values: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative, "noise": noise}
     _read_sampler(settings, values)
     _read_numbers(settings, values)
-    lost = _read_words(settings, values) | _read_passes(settings, values)
+    lost = _read_words(settings, values) | _read_passes(settings, values) | _read_merging(settings, values)
     warn_lost(lost | {f"{key}: {settings[key]}" for key in settings.keys() & SHAPING})
     if others := sorted(settings.keys() - SHAPING):
         log.info("settings without a meaning here: %s", printable(", ".join(others), 500))
@@ -258,6 +261,15 @@ def _read_passes(settings: dict[str, str], values: dict[str, Any]) -> set[str]:
     if values.get("hires_steps") == 0:  # as many as the first pass has
         del values["hires_steps"]
     return lost
+
+
+def _read_merging(settings: dict[str, str], values: dict[str, Any]) -> set[str]:
+    """Take the second pass's share of merged tokens; returns it where it is not the first's."""
+    key, share = "Token merging ratio hr", values.get("token_merging", 0.0)
+    if share > MAX_MERGED:  # it merges as many as there are, whatever more is asked
+        values["token_merging"] = MAX_MERGED
+    text = settings.pop(key, None)
+    return set() if text is None or _number(key, text, float) == share else {f"{key}: {text}"}
 
 
 def _number(key: str, text: str, kind: type) -> Any:
