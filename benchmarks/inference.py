@@ -1,10 +1,13 @@
-"""How long Stable Diffusion v1 takes here and in diffusers: the same random weights and inputs, by turns, in one run.
+"""How long Stable Diffusion v1 takes here and elsewhere: the same random weights and inputs, by turns, in one run.
 
     python benchmarks/inference.py [--dtype float32] [--size 512] [--rounds 3] [--rows step decode start]
+                                   [--peers diffusers compiled openvino]
 
-Prints a Markdown table: medians of the rounds after the first, their spread, and the ratio. Steps
-and decodes have the same settings of malloc; programs from their start have each their own. The weights are drawn once,
-as a diffusers folder in float16, and stay in --model for the next run. Needs diffusers, and Linux for /proc.
+Prints a Markdown table: medians of the rounds after the first, their spread, and the ratio. Steps and decodes have the
+same settings of malloc; programs from their start have each their own. The weights are drawn once, as a diffusers
+folder in float16, and stay in --model for the next run. Needs diffusers, and Linux for /proc. The peers: diffusers is
+as it comes, in channels_last; compiled is that with fused projections, by torch.compile with freezing; openvino is its
+U-Net, converted. The row cost tells what a picture takes at several sizes and batches, here alone.
 """
 
 from __future__ import annotations
@@ -14,15 +17,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.runtime import native
 from ldm.runtime.memory import keep_freed
 
-Sides = dict[str, Callable[[], object]]  # what is to be timed, by whose it is; ours comes first
+Sides = dict[str, Callable[[], Any]]  # what is to be timed, by whose it is; ours comes first
 
 FIRST_STEP = {  # programs that end at their first finished step, and tell the peak of their memory
     "ours": """
@@ -56,68 +62,142 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--size", type=int, default=512, help="a side of the picture in pixels")
     parser.add_argument("--rounds", type=int, default=3, help="that count, after one that does not")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--rows", nargs="+", default=["step", "decode", "start"], choices=ROWS)
+    parser.add_argument("--peers", nargs="+", default=["diffusers"], choices=UNETS)
     args = parser.parse_args()
     if not args.model.exists():
         draw_model(args.model)
-    keep_freed(True)  # for both
-    print(f"| {args.dtype}, {args.size}², {torch.get_num_threads()} threads | ours | diffusers | ratio |")
-    print("| --- | --- | --- | --- |")
+    keep_freed(True)  # for all
+    print(f"| {args.dtype}, {args.size}², {torch.get_num_threads()} threads | ours | | theirs | ratio |")
+    print("| --- | --- | --- | --- | --- |")
     for row in args.rows:
-        for what, ours, theirs, unit in ROWS[row](args):
-            ratio = statistics.median(ours) / statistics.median(theirs)
-            print(f"| {what} | {told(ours)} {unit} | {told(theirs)} {unit} | {ratio:.2f} |", flush=True)
+        for line in ROWS[row](args):
+            print(line, flush=True)
 
 
-def told(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+class Line(NamedTuple):
+    """A line of the table."""
+
+    what: str
+    ours: list[float]
+    peer: str = ""
+    theirs: Sequence[float] = ()
+    unit: str = "s"
+
+    def __str__(self) -> str:
+        ratio = f"{statistics.median(self.ours) / statistics.median(self.theirs):.2f}" if self.theirs else ""
+        return f"| {self.what} | {self._told(self.ours)} | {self.peer} | {self._told(self.theirs)} | {ratio} |"
+
+    def _told(self, values: Sequence[float]) -> str:
+        return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}) {self.unit}" if values else ""
 
 
-def by_turns(sides: Sides, rounds: int) -> tuple[list[list[float]], list[object]]:
+def by_turns(sides: Sides, rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """The seconds of each side in each round after the first, and what each answered last."""
-    seconds: list[list[float]] = [[] for _ in sides]
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(1 + rounds):
-        answers = []
-        for times, run in zip(seconds, sides.values(), strict=True):
+        answers = {}
+        for side, run in sides.items():
             start = time.perf_counter()
-            answers.append(run())
-            times.append(time.perf_counter() - start)
-    return [times[1:] for times in seconds], answers
-
-
-Row = Iterator[tuple[str, list[float], list[float], str]]
+            answers[side] = run()
+            seconds[side].append(time.perf_counter() - start)
+    return {side: times[1:] for side, times in seconds.items()}, answers
 
 
 @torch.no_grad()
-def step(args: argparse.Namespace) -> Row:
+def step(args: argparse.Namespace) -> Iterator[Line]:
     """One evaluation of the U-Net with guidance."""
-    from diffusers import UNet2DConditionModel
+    dtype, side = getattr(torch, args.dtype), args.size // 8
+    generator = torch.Generator().manual_seed(0)
+    x, texts = (torch.randn(*size, generator=generator) for size in ((1, 4, side, side), (2, 77, 768)))
+    inputs = torch.cat([x, x]).to(dtype), texts.to(dtype)
+    sides: Sides = {"ours": guided_step(args, x, texts)}
+    for peer in args.peers:
+        sides[peer] = UNETS[peer](args, *inputs)
+    seconds, answers = by_turns(sides, args.rounds)
+    best = min(seconds["ours"])
+    yield Line(f"share of the rate of matrix products, {share_of_products(args, best):.0%}", seconds["ours"])
+    for peer in args.peers:
+        error = apart(answers["ours"], answers[peer])
+        yield Line(f"U-Net step, guidance (apart by {error:.1e})", seconds["ours"], peer, seconds[peer])
 
+
+def guided_step(args: argparse.Namespace, x: Tensor, texts: Tensor) -> Callable[[], Tensor]:
+    """Ours, as pictures are made: what both prompts of guidance have in common is computed once."""
     from ldm.checkpoint.load import load_unet
     from ldm.config import ScheduleConfig
     from ldm.diffusion import NoiseSchedule
     from ldm.sampling import Branch, Predictor
 
-    dtype, side = getattr(torch, args.dtype), args.size // 8
-    generator = torch.Generator().manual_seed(0)
-    x, texts = (torch.randn(*size, generator=generator) for size in ((1, 4, side, side), (2, 77, 768)))
-    schedule = NoiseSchedule(ScheduleConfig())
-    level = schedule.level(500)
-    predictor = Predictor(load_unet(args.model, dtype=dtype), "epsilon", [level])
+    level = NoiseSchedule(ScheduleConfig()).level(500)
+    unet = load_unet(args.model, dtype=getattr(torch, args.dtype))
+    native.use_in(unet)
+    predictor = Predictor(unet, "epsilon", [level])
     branches = [Branch(text) for text in texts.split(1)]
-    theirs = UNet2DConditionModel.from_pretrained(args.model, subfolder="unet", torch_dtype=dtype)
-    theirs = theirs.to(memory_format=torch.channels_last)
-    inputs, states = torch.cat([x, x]).to(dtype), texts.to(dtype)
-    sides = {
-        "ours": lambda: torch.cat([prediction.eps for prediction in predictor.together(x, level, branches)]),
-        "theirs": lambda: theirs(inputs, 500, states).sample.float(),
-    }
-    (ours, other), answers = by_turns(sides, args.rounds)
-    yield f"U-Net step, guidance (apart by {apart(*answers):.1e})", ours, other, "s"
+    return lambda: torch.cat([prediction.eps for prediction in predictor.together(x, level, branches)])
+
+
+def their_unet(args: argparse.Namespace) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(args.model, subfolder="unet", torch_dtype=getattr(torch, args.dtype))
+    return unet.eval().to(memory_format=torch.channels_last)
+
+
+def diffusers_step(args: argparse.Namespace, x: Tensor, states: Tensor) -> Callable[[], Tensor]:
+    unet = their_unet(args)
+    return lambda: unet(x, 500, states).sample.float()
+
+
+def compiled_step(args: argparse.Namespace, x: Tensor, states: Tensor) -> Callable[[], Tensor]:
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    unet = their_unet(args)
+    unet.fuse_qkv_projections()
+    run = torch.compile(unet)
+    t = torch.tensor(500)
+    return lambda: run(x.contiguous(memory_format=torch.channels_last), t, states).sample.float()
+
+
+def openvino_step(args: argparse.Namespace, x: Tensor, states: Tensor) -> Callable[[], Tensor]:
+    import openvino
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = their_unet(args).float()
+
+        def forward(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+            return self.unet(x, t, states).sample
+
+    example = (x.float(), torch.tensor(500), states.float())
+    model = openvino.convert_model(Plain(), example_input=example, input=[list(each.shape) for each in example])
+    precision = {"float32": "f32", "bfloat16": "bf16"}[args.dtype]
+    run = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    return lambda: torch.from_numpy(run([each.numpy() for each in example])[0])
+
+
+UNETS = {"diffusers": diffusers_step, "compiled": compiled_step, "openvino": openvino_step}
+
+
+def share_of_products(args: argparse.Namespace, seconds: float) -> float:
+    """The operations of a step in a second, to those of products of 4096×4096 matrices."""
+    from ldm.config import SD_V1
+    from ldm.models.unet import UNet
+
+    with torch.device("meta"):
+        side = args.size // 8
+        inputs = torch.empty(2, 4, side, side), torch.empty(2), torch.empty(2, 77, SD_V1.unet.context_dim)
+        with FlopCounterMode(display=False) as counter:
+            UNet(SD_V1.unet)(*inputs)
+    a = torch.randn(4096, 4096).to(getattr(torch, args.dtype))
+    times, _ = by_turns({"product": lambda: a @ a}, 5)
+    return counter.get_total_flops() / seconds / (2 * 4096**3 / min(times["product"]))
 
 
 @torch.no_grad()
-def decode(args: argparse.Namespace) -> Row:
+def decode(args: argparse.Namespace) -> Iterator[Line]:
     """From latents to pixels."""
     from diffusers import AutoencoderKL
 
@@ -127,14 +207,17 @@ def decode(args: argparse.Namespace) -> Row:
     dtype, side = getattr(torch, args.dtype), args.size // 8
     z = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).to(dtype)
     vae = load_vae(args.model, dtype=dtype)
+    native.use_in(vae)
     theirs = AutoencoderKL.from_pretrained(args.model, subfolder="vae", torch_dtype=dtype)
     theirs = theirs.to(memory_format=torch.channels_last)
-    sides = {"ours": lambda: strips.decode(vae, z), "theirs": lambda: theirs.decode(z).sample}
-    (ours, other), answers = by_turns(sides, args.rounds)
-    yield f"VAE decode (apart by {apart(*answers):.1e})", ours, other, "s"
+    sides = {"ours": lambda: strips.decode(vae, z), "diffusers": lambda: theirs.decode(z).sample}
+    seconds, answers = by_turns(sides, args.rounds)
+    yield Line(
+        f"VAE decode (apart by {apart(*answers.values()):.1e})", seconds["ours"], "diffusers", seconds["diffusers"]
+    )
 
 
-def start(args: argparse.Namespace) -> Row:
+def start(args: argparse.Namespace) -> Iterator[Line]:
     """From the start of a process to its first finished step, its files in the page cache."""
     peaks: dict[str, list[float]] = {side: [] for side in FIRST_STEP}
 
@@ -143,12 +226,26 @@ def start(args: argparse.Namespace) -> Row:
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks[side].append(int(told) / 2**20)
 
-    (ours, other), _ = by_turns({side: lambda side=side: run(side) for side in FIRST_STEP}, args.rounds)
-    yield "process start to first step", ours, other, "s"
-    yield "its peak memory", *peaks.values(), "GiB"
+    seconds, _ = by_turns({side: lambda side=side: run(side) for side in FIRST_STEP}, args.rounds)
+    for what, values, unit in (("process start to first step", seconds, "s"), ("its peak memory", peaks, "GiB")):
+        yield Line(what, values["ours"], "diffusers", values["diffusers"], unit)
 
 
-ROWS: dict[str, Callable[[argparse.Namespace], Row]] = {"step": step, "decode": decode, "start": start}
+@torch.no_grad()
+def cost(args: argparse.Namespace) -> Iterator[Line]:
+    """A step with guidance, for each picture, at several sizes and batches."""
+    sizes = {(side, 1): side for side in (256, 512, 768)} | {(args.size, batch): args.size for batch in (2, 4, 8)}
+    for side, batch in sizes:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(batch, 4, side // 8, side // 8, generator=generator)
+        texts = torch.randn(2, 77, 768, generator=generator)
+        seconds, _ = by_turns({"ours": guided_step(args, x, texts)}, args.rounds)
+        yield Line(f"a step of {side}², batch {batch}, a picture", [each / batch for each in seconds["ours"]])
+
+
+ROWS: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
+    "step": step, "decode": decode, "start": start, "cost": cost,
+}  # fmt: skip
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
