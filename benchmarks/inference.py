@@ -256,11 +256,13 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 def draw_model(folder: Path) -> None:
     """Stable Diffusion v1's networks with random weights, written by diffusers in float16."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from ldm.models.tokenizer import build_tokenizer, shipped_vocabulary
+    from ldm.models.tokenizer import shipped_vocabulary
 
     torch.manual_seed(0)
+    vocabulary, merges = shipped_vocabulary()
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
     parts = {
         "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
         "vae": AutoencoderKL(
@@ -272,7 +274,7 @@ def draw_model(folder: Path) -> None:
         ),
     }  # fmt: skip
     StableDiffusionPipeline(
-        **{name: part.half() for name, part in parts.items()}, tokenizer=build_tokenizer(*shipped_vocabulary(), 77),
+        **{name: part.half() for name, part in parts.items()}, tokenizer=tokenizer,
         scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip

@@ -102,7 +102,7 @@ def _rows(text: TextEncoder, texts: Sequence[str]) -> Table:
     pieces = {words: parse_attention(words) for words in texts}
     if any(piece == BREAK[0] and weight != BREAK[1] for split in pieces.values() for piece, weight in split):
         log.warning("BREAK within brackets is a word, as in AUTOMATIC1111: close the brackets before it")
-    comma, room = text.tokenizer.get_vocab().get(COMMA), text.config.max_length - 2
+    comma, room = text.tokenizer.vocabulary.get(COMMA), text.config.max_length - 2
     return {
         words: [_row(text, chunk) for chunk in split_chunks(split, text.units, room, comma)]
         for words, split in pieces.items()
@@ -110,9 +110,9 @@ def _rows(text: TextEncoder, texts: Sequence[str]) -> Table:
 
 
 def _row(text: TextEncoder, chunk: Chunk) -> _Row:
-    ids = (text.tokenizer.bos_token_id, *chunk.ids, text.tokenizer.eos_token_id)
+    ids = (text.tokenizer.start, *chunk.ids, text.tokenizer.end)
     missing = text.config.max_length - len(ids)
-    return _Row(ids + (text.tokenizer.pad_token_id,) * missing, (1.0, *chunk.weights, 1.0) + (1.0,) * missing)
+    return _Row(ids + (text.tokenizer.end,) * missing, (1.0, *chunk.weights, 1.0) + (1.0,) * missing)
 
 
 def _table(text: TextEncoder, texts: Texts, rows: Table) -> Table:

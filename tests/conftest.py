@@ -55,6 +55,13 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(line)
 
 
+def their_tokenizer(vocabulary, merges, max_length: int):
+    """transformers' CLIP tokenizer over the same tables."""
+    import transformers
+
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
+
+
 @pytest.fixture(autouse=True)
 def no_grad():
     with torch.no_grad():

@@ -72,7 +72,7 @@ def modules_after(statement: str) -> set[str]:
         ("import ldm; ldm.Request(prompt='')", {"torch", "numpy", "transformers", "PIL"}),
         ("import ldm.cli; ldm.cli.main(['txt2img', '--help'])", {"torch", "numpy", "transformers", "PIL"}),
         ("import ldm.diffusion", {"torch", "numpy"}),
-        ("import ldm.pipeline", {"transformers"}),
+        ("import ldm; ldm.StableDiffusion.load(device='cpu')", {"transformers", "torch._dynamo", "sympy"}),
     ],
 )
 def test_heavy_imports_wait(statement, absent):

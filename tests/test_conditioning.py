@@ -15,7 +15,7 @@ from ldm.cli import main
 from ldm.conditioning import encode_prompt
 from ldm.errors import RequestError
 from ldm.models.text import TextEncoder
-from ldm.models.tokenizer import build_tokenizer, shipped_vocabulary
+from ldm.models.tokenizer import Tokenizer, shipped_vocabulary
 
 CONFIG = TextConfig(width=32, layers=12, heads=2, mlp_width=64)
 BOS, EOS, TRIGGER = 49406, 49407, [1000, 2000, 3000]
@@ -24,7 +24,7 @@ BOS, EOS, TRIGGER = 49406, 49407, [1000, 2000, 3000]
 @pytest.fixture(scope="module")
 def encoder():
     torch.manual_seed(0)
-    encoder = TextEncoder(CONFIG, build_tokenizer(*shipped_vocabulary(), max_length=77)).eval()
+    encoder = TextEncoder(CONFIG, Tokenizer(*shipped_vocabulary(), max_length=77)).eval()
     for parameter in encoder.parameters():  # as made, the layers hardly change what goes through them
         parameter.data += 0.1 * torch.randn_like(parameter)
     encoder.transformer.final_layer_norm.bias.data += 0.5  # means are divided by, and so must not vanish
@@ -55,7 +55,7 @@ def row(encoder, chunk):
     """77 ids and weights of a chunk that is written as (words or ids, weight)."""
     ids, weights = [BOS], [1.0]
     for words, weight in chunk:
-        tokens = encoder.tokenizer(words, add_special_tokens=False)["input_ids"] if isinstance(words, str) else words
+        tokens = encoder.tokenizer.encode([words])[0] if isinstance(words, str) else words
         ids += tokens
         weights += [weight] * len(tokens)
     return ids + [EOS] * (77 - len(ids)), weights + [1.0] * (77 - len(weights))

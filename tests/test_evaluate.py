@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SHIPPED
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 from torchmetrics.image import fid
 from torchmetrics.image.fid import FrechetInceptionDistance
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from ldm import Request, StableDiffusion
 from ldm.errors import CheckpointError, RequestError
@@ -149,12 +150,12 @@ def clip_folder(tmp_path, shipped) -> Path:
     """A tiny CLIP model with random weights and the shipped model's tokenizer."""
     torch.manual_seed(8)  # cosines on both sides of 0
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vocabulary = len(shipped.text.tokenizer)
-    text = {**size, "vocab_size": vocabulary, "eos_token_id": shipped.text.tokenizer.eos_token_id}
+    tokenizer = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer", local_files_only=True)
+    text = {**size, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     vision = {**size, "image_size": 32, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path / "clip")
     pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(pictures, shipped.text.tokenizer).save_pretrained(tmp_path / "clip")
+    CLIPProcessor(pictures, tokenizer).save_pretrained(tmp_path / "clip")
     return tmp_path / "clip"
 
 

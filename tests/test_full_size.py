@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import MEASURED, assert_parity
+from conftest import MEASURED, assert_parity, their_tokenizer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ from ldm.config import ScheduleConfig
 from ldm.diffusion import NoiseSchedule
 from ldm.diffusion.loss import diffusion_loss
 from ldm.metadata import read_request
-from ldm.models.tokenizer import build_tokenizer, shipped_vocabulary
+from ldm.models.tokenizer import shipped_vocabulary
 
 pytestmark = pytest.mark.full
 
@@ -66,7 +66,7 @@ def theirs(full_size, tmp_path_factory) -> diffusers.StableDiffusionPipeline:
     transformers.CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
     ).save_pretrained(folder / "text_encoder")
-    build_tokenizer(*shipped_vocabulary(), 77).save_pretrained(folder / "tokenizer")
+    their_tokenizer(*shipped_vocabulary(), 77).save_pretrained(folder / "tokenizer")
     return diffusers.StableDiffusionPipeline.from_single_file(
         str(full_size), config=str(folder), local_files_only=True, safety_checker=None
     )

@@ -180,8 +180,9 @@ def test_networks_that_learn_do_without():
     with torch.enable_grad():
         mean, _ = native.row_statistics(x)
         q, k, v = heads_of(1, 1, 5, 5, 8)
-        out = native.attention(q.requires_grad_(), k, v)
-    assert mean.requires_grad and out.requires_grad
+        shifted = native.scale_and_shift(x.detach(), torch.ones(1, 48, 1, 1).requires_grad_(), x.new_zeros(1), False)
+        outs = [native.attention(*(t.detach().requires_grad_(t is one) for t in (q, k, v))) for one in (q, k, v)]
+    assert all(t.requires_grad for t in (mean, shifted, *outs))
 
 
 def test_what_is_taken_is_counted():

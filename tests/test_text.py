@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
+from functools import cache
 from importlib import resources
 
 import pytest
 import torch
 import transformers
-from conftest import SHIPPED, SHIPPED_TEXT, relative_error
+from conftest import SHIPPED, SHIPPED_TEXT, relative_error, their_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ldm import TextConfig
 from ldm.checkpoint.load import load_tokenizer
 from ldm.models.text import TextEncoder
-from ldm.models.tokenizer import build_tokenizer, shipped_vocabulary
+from ldm.models.tokenizer import Tokenizer, shipped_vocabulary
 
 SMALL = TextConfig(width=32, layers=2, heads=2, mlp_width=64)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(*shipped_vocabulary(), max_length=77)
+    return Tokenizer(*shipped_vocabulary(), max_length=77)
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +42,14 @@ def test_shipped_table_is_openais():
 
 def test_vocabulary(tokenizer):
     vocabulary, merges = shipped_vocabulary()
-    assert len(vocabulary) == len(tokenizer) == 49408
+    assert vocabulary == tokenizer.vocabulary and len(vocabulary) == 49408
     assert len(merges) == 48894
     assert vocabulary["!"] == 0  # as in CLIP's vocab.json, whose ends and seams these are
     assert vocabulary["ÿ"] == 187
     assert vocabulary["Ń"] == 255
     assert vocabulary["!</w>"] == 256
     assert vocabulary["in"] == 512
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (49406, 49407, 49407)
+    assert (tokenizer.start, tokenizer.end) == (49406, 49407)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +62,7 @@ def test_vocabulary(tokenizer):
     ],
 )
 def test_token_ids(tokenizer, text, ids):
-    assert tokenizer(text)["input_ids"] == [49406, *ids, 49407]
+    assert tokenizer.encode([text]) == [ids]
 
 
 def test_ids_are_padded_with_the_end_token(encoder):
@@ -106,9 +110,10 @@ def test_tokenizer_of_a_folder(tmp_path):
         (tmp_path / name).unlink(missing_ok=True)
     both, single = (load_tokenizer(folder, SHIPPED_TEXT, folder) for folder in (SHIPPED / "tokenizer", tmp_path))
     for text, count in {"a large red circle on a blue background": 8, "Zebra!": 6, "it's 2024": 7, "": 0}.items():
-        ids = both(text)["input_ids"]
-        assert len(ids) == count + 2  # words that it knows are one token, others are spelled
-        assert ids == single(text)["input_ids"] == theirs(text)["input_ids"]
+        [ids] = both.encode([text])
+        assert len(ids) == count  # words that it knows are one token, others are spelled
+        assert [ids] == single.encode([text])
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
 
 
 def test_folder_tokenizer_faults(tmp_path):
@@ -119,3 +124,61 @@ def test_folder_tokenizer_faults(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": ["a"], "merges": []}}))
     with pytest.raises(CheckpointError, match="not a CLIP tokenizer"):
         load_tokenizer(tmp_path, TextConfig(), tmp_path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.text(max_size=20), st.sampled_from(["<|endoftext|>", "<|startoftext|>", "it's", " ", "\n", "É", "ﬁ"])
+        ),
+        max_size=6,
+    )
+)
+def test_any_text_is_read_as_transformers_does(parts):
+    text = "".join(parts)
+    ours, theirs = both_tokenizers()
+    [ids] = ours.encode([text])
+    assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.decode(ids) == theirs.decode(ids)
+    for i in ids:
+        assert ours.ends_word(i) == theirs.convert_ids_to_tokens(i).endswith("</w>")
+
+
+@cache
+def both_tokenizers():
+    tables = shipped_vocabulary()
+    return Tokenizer(*tables, max_length=77), their_tokenizer(*tables, 77)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_layers_equal_transformers(activation, clip_skip, tokenizer):
+    torch.manual_seed(0)
+    encoder = TextEncoder(replace(SMALL, activation=activation), tokenizer).eval()
+    model = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, hidden_act=activation
+        )
+    ).eval()
+    model = getattr(model, "text_model", model)
+    model.load_state_dict(encoder.transformer.state_dict())
+    ids = encoder.tokenize(["a horse", "a photograph of an astronaut"])
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert relative_error(encoder(ids, clip_skip), model.final_layer_norm(states[-clip_skip])) < 1e-6
+
+
+def test_training_begins_with_clips_deviations(tokenizer):
+    """OpenAI's, which transformers has too."""
+    torch.manual_seed(0)
+    config = TextConfig(vocab_size=49408, width=256, layers=2, heads=4, mlp_width=512)
+    ours = TextEncoder(config, tokenizer).transformer.state_dict()
+    theirs = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512, vocab_size=49408
+        )
+    )
+    theirs = getattr(theirs, "text_model", theirs).state_dict()
+    for name, weight in ours.items():
+        assert weight.std().item() == pytest.approx(theirs[name].std().item(), rel=0.05), name
+        assert weight.mean().item() == pytest.approx(theirs[name].mean().item(), abs=1e-2), name

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import assert_parity, relative_error
+from conftest import assert_parity, relative_error, their_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_files import assert_restored, snapshot
@@ -23,7 +23,7 @@ from ldm.adapters.keys import spellings, split
 from ldm.checkpoint import configs
 from ldm.errors import NumericalError, RequestError
 from ldm.models.text import TextEncoder
-from ldm.models.tokenizer import SPECIAL_TOKENS, build_tokenizer, byte_characters
+from ldm.models.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_characters
 from ldm.models.unet import UNet
 from ldm.train.inversion import TrainableEmbedding, end_inversion, save_embedding, start_inversion
 from ldm.train.lora import LoRALayer, add_lora, lora_tensors, remove_lora, save_lora, save_tensors
@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
         unet=diffusers.UNet2DConditionModel.from_config(parts["unet"]),
         vae=diffusers.AutoencoderKL.from_config(parts["vae"]),
         text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(parts["text_encoder"])),
-        tokenizer=build_tokenizer(VOCABULARY, MERGES, LENGTH),
+        tokenizer=their_tokenizer(VOCABULARY, MERGES, LENGTH),
         scheduler=diffusers.DDIMScheduler.from_config(configs.schedule_to_json(TINY.schedule)),
         safety_checker=None,
         feature_extractor=None,
@@ -142,7 +142,7 @@ def test_first_values():
 
 def test_which_layers_learn():
     """As many of SD v1 as sd-scripts tells when it begins to train: 192 and 72, and 22 ResBlocks and 6 samplers."""
-    tokenizer = build_tokenizer(VOCABULARY, MERGES, 77)
+    tokenizer = Tokenizer(VOCABULARY, MERGES, 77)
     with torch.device("meta"):
         counts = [
             [len(add_lora(network, which, 1, 1, seeded())) for network in (UNet(SD_V1.unet), encoder)]
@@ -330,7 +330,7 @@ def test_only_the_rows_learn(sd):
 
 def test_the_first_rows(sd):
     table = sd.text.transformer.embeddings.token_embedding.weight
-    ids = sd.text.tokenizer("a toy", add_special_tokens=False)["input_ids"]
+    [ids] = sd.text.tokenizer.encode(["a toy"])
     assert len(ids) == 2
     learned = start_inversion(sd.text, "<toy>", 5, "a toy", seeded())
     assert (learned.rows.shape, learned.rows.dtype) == ((5, 24), torch.float32)

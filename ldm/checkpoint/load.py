@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint.detect import cfg_scale_from_json
 from ldm.checkpoint.files import StoredTensor
@@ -61,7 +62,6 @@ def load_model(
     """
     checkpoint, config, networks = _open_model(path, config, choices, device)
     checkpoint.report()
-    parts = {name: checkpoint.part(name) for name in NAMES}
     plan = None
     if job:
         plan = make_plan(networks, config, job, torch.device(device), dtype)
@@ -70,7 +70,7 @@ def load_model(
             plan.report()
     for name, network in networks.items():
         away = plan.away[name] if plan else ()
-        fill(network, parts[name], getattr(config, name), device, dtype, allow_nonfinite, away)
+        fill(network, checkpoint.part(name), getattr(config, name), device, dtype, allow_nonfinite, away)
     return Model(**networks, config=config, plan=plan)
 
 
@@ -87,6 +87,8 @@ def _open_model(
 ) -> tuple[Checkpoint, ModelConfig, dict[str, Any]]:
     """What is at a path, and its networks without weights, as they will run."""
     checkpoint = open_checkpoint(Path(path), choices)
+    for name in NAMES:
+        checkpoint.part(name)  # or what is missing is told
     config = config or read_config(checkpoint)
     networks = {name: build(checkpoint, name, getattr(config, name)) for name in NAMES}
     if torch.device(device).type == "cpu":
@@ -142,8 +144,17 @@ def load_text(
 def build(checkpoint: Checkpoint, name: str, config: Any) -> Any:
     """Network `name` of this config, on `meta`, in eval mode: all of it but the weights."""
     extra = [load_tokenizer(checkpoint.tokenizer, config, checkpoint.path)] if name == "text" else []
-    with torch.device("meta"):
+    with torch.device("meta"), _NotBegun():
         return {"unet": UNet, "vae": VAE, "text": TextEncoder}[name](config, *extra).eval()
+
+
+class _NotBegun(TorchFunctionMode):
+    """Leaves out what weights begin training with; on `meta` that would do nothing, and import half of torch for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def _load(checkpoint: Checkpoint, name: str, config: Any, device: Device, dtype: torch.dtype) -> Any:
@@ -188,8 +199,6 @@ def fill(
         state[ours] = tensor
     refuse_nonfinite(nonfinite, part, dtype)
     network.load_state_dict(state, assign=True)
-    if isinstance(network, TextEncoder):  # a constant, which files store in many dtypes or not at all
-        network.transformer.embeddings.position_ids = torch.arange(config.max_length, device=device)[None]
 
 
 def check(network: nn.Module, part: Part, config: Any) -> dict[str, torch.Size]:

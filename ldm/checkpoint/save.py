@@ -37,7 +37,7 @@ def save_networks(
         tensors = {theirs: store(MEMORY, theirs, state[ours].detach().cpu()) for theirs, ours in names}
         parts[name] = Part(name, str(MEMORY), "", SPELLING, tensors, table[FOLDERS[name]])
     text = networks.get("text")
-    tokenizer = json.loads(text.tokenizer.backend_tokenizer.to_str()) if isinstance(text, TextEncoder) else None
+    tokenizer = json.loads(text.tokenizer.backend.to_str()) if isinstance(text, TextEncoder) else None
     contents = {str(MEMORY): Contents(parts, {}, {})}
     write_checkpoint(
         Checkpoint(MEMORY, parts, config.schedule, tokenizer=tokenizer, contents=contents), target, conversion

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ldm.checkpoint.detect import Json
 from ldm.checkpoint.files import MAX_TEXT_BYTES, first_line, read_json, read_text
 from ldm.config import TextConfig
 from ldm.errors import CheckpointError
-from ldm.models.tokenizer import SPECIAL_TOKENS, Merge, build_tokenizer, shipped_vocabulary
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+from ldm.models.tokenizer import SPECIAL_TOKENS, Merge, Tokenizer, shipped_vocabulary
 
 
-def load_tokenizer(source: Path | Json | None, config: TextConfig, where: Path) -> CLIPTokenizer:
+def load_tokenizer(source: Path | Json | None, config: TextConfig, where: Path) -> Tokenizer:
     """From a folder, from tables, or CLIP's where a model has neither. Raises CheckpointError."""
     vocabulary, merges = read_vocabulary(source, where)
     if len(vocabulary) != config.vocab_size:
@@ -24,7 +21,7 @@ def load_tokenizer(source: Path | Json | None, config: TextConfig, where: Path) 
             "give the text_encoder folder that lies beside its tokenizer with --text-encoder"
         )
     try:
-        return build_tokenizer(vocabulary, merges, config.max_length)
+        return Tokenizer(vocabulary, merges, config.max_length)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise CheckpointError(f"{_name(source, where)}: not a CLIP tokenizer ({first_line(error)})") from error
 

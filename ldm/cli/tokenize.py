@@ -15,7 +15,7 @@ from ldm.prompt.chunks import COMMA
 from ldm.request import Request
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from ldm.models.tokenizer import Tokenizer
 
 COLUMNS = 100
 
@@ -42,11 +42,11 @@ def run(args: argparse.Namespace) -> None:
         print(line)
 
 
-def _tokenizer(path: Path | None) -> CLIPTokenizer:
-    from ldm.models.tokenizer import build_tokenizer, shipped_vocabulary
+def _tokenizer(path: Path | None) -> Tokenizer:
+    from ldm.models.tokenizer import Tokenizer, shipped_vocabulary
 
     if path is None:
-        return build_tokenizer(*shipped_vocabulary(), max_length=77)
+        return Tokenizer(*shipped_vocabulary(), max_length=77)
     from ldm.checkpoint.sources import open_checkpoint
     from ldm.checkpoint.vocabulary import load_tokenizer
 
@@ -54,7 +54,7 @@ def _tokenizer(path: Path | None) -> CLIPTokenizer:
     return load_tokenizer(checkpoint.tokenizer, checkpoint.part("text").read_config(), checkpoint.path)
 
 
-def report(request: Request, tokenizer: CLIPTokenizer) -> Iterator[str]:
+def report(request: Request, tokenizer: Tokenizer) -> Iterator[str]:
     """Lines for a person: for each part and each of its texts the steps, counted from 1, and the chunks."""
     prompt, loras = split_loras(request.prompt)
     for lora in loras:
@@ -71,14 +71,13 @@ def report(request: Request, tokenizer: CLIPTokenizer) -> Iterator[str]:
             yield from _chunks(text, tokenizer)
 
 
-def _chunks(text: str, tokenizer: CLIPTokenizer) -> Iterator[str]:
-    room = tokenizer.model_max_length - 2
+def _chunks(text: str, tokenizer: Tokenizer) -> Iterator[str]:
+    room = tokenizer.max_length - 2
 
     def units(texts: Sequence[str]) -> list[list[list[int]]]:
-        ids = tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-        return [[[i] for i in its] for its in ids]
+        return [[[i] for i in ids] for ids in tokenizer.encode(texts)]
 
-    chunks = split_chunks(parse_attention(text), units, room, tokenizer.get_vocab().get(COMMA))
+    chunks = split_chunks(parse_attention(text), units, room, tokenizer.vocabulary.get(COMMA))
     for number, chunk in enumerate(chunks, 1):
         yield f"  chunk {number} of {len(chunks)}, {len(chunk.ids)} of {room} tokens"
         yield from textwrap.wrap(
@@ -87,13 +86,12 @@ def _chunks(text: str, tokenizer: CLIPTokenizer) -> Iterator[str]:
         )  # fmt: skip
 
 
-def _words(chunk: Chunk, tokenizer: CLIPTokenizer) -> Iterator[str]:
+def _words(chunk: Chunk, tokenizer: Tokenizer) -> Iterator[str]:
     """Tokens; `·` is where a word goes on, `×` what a token's weight is if it is not 1."""
 
     @cache
     def show(token: int) -> str:
-        goes_on = not str(tokenizer.convert_ids_to_tokens(token)).endswith("</w>")
-        return str(tokenizer.decode([token])).strip() + "·" * goes_on
+        return tokenizer.decode([token]) + "·" * (not tokenizer.ends_word(token))
 
     for token, weight in zip(chunk.ids, chunk.weights, strict=True):
         yield show(token) + (f"×{weight:.4g}" if weight != 1 else "")

@@ -1,56 +1,133 @@
-"""The text encoder: transformers' CLIP text model (Radford et al. 2021, arXiv:2103.00020) with its tokenizer."""
+"""The text encoder: CLIP's text transformer (Radford et al. 2021, arXiv:2103.00020, section 2.4) with its tokenizer.
+
+Its own and not transformers', whose import alone takes longer than a step of the U-Net; modules have the same names.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.config import TextConfig
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+from ldm.models.layers import split_heads
+from ldm.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": F.gelu,
+}
+
+
+class Embeddings(nn.Module):
+    """Token ids (b, n) → what they and their places mean (b, n, width)."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.max_length, config.width)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return self.token_embedding(token_ids) + self.position_embedding.weight[: token_ids.shape[1]]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(rearrange(attended, "b heads n d -> b n (heads d)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.activation = FUNCTIONS[config.activation]
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.self_attn = CausalSelfAttention(config.width, config.heads)
+        self.layer_norm2 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+
+    def forward(self, x: Tensor, skipped: int) -> Tensor:
+        for layer in self.layers[: len(self.layers) - skipped]:
+            x = layer(x)
+        return x
+
+
+class CLIPText(nn.Module):
+    """Token ids (b, n) → hidden states (b, n, width), normed: those after all layers but the last `skipped`."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.width)
+        self._start(config)
+
+    def forward(self, token_ids: Tensor, skipped: int = 0) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(token_ids), skipped))
+
+    def _start(self, config: TextConfig) -> None:
+        """Deviations to begin a training with, as in OpenAI's clip/model.py."""
+        residual = config.width**-0.5 * (2 * config.layers) ** -0.5
+        deviations = {
+            "token_embedding": 0.02, "position_embedding": 0.02,
+            "q_proj": residual, "k_proj": residual, "v_proj": residual, "fc2": residual,
+            "out_proj": config.width**-0.5, "fc1": (2 * config.width) ** -0.5,
+        }  # fmt: skip
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=deviations[name.rpartition(".")[2]])
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
 
 
 class TextEncoder(nn.Module):
     """Prompts → the hidden states the U-Net attends to, after the final layer norm."""
 
-    def __init__(self, config: TextConfig, tokenizer: CLIPTokenizer):
+    def __init__(self, config: TextConfig, tokenizer: Tokenizer):
         super().__init__()
-        from transformers import CLIPTextConfig, CLIPTextModel
-
         self.config = config
         self.tokenizer = tokenizer
         self.triggers: dict[str, list[int]] = {}  # words with embeddings of their own, and the ids of these
-        model = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.width,
-                intermediate_size=config.mlp_width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                max_position_embeddings=config.max_length,
-                hidden_act=config.activation,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
-        self.transformer = getattr(model, "text_model", model)  # transformers has no text_model level since 5.6
+        self.transformer = CLIPText(config)
 
     def tokenize(self, prompts: str | Sequence[str]) -> Tensor:
         """Token ids (b, max_length), padded with the end token; a longer prompt is cut, and a warning says where."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if self.triggers:
-            ids = [self._ids_with_triggers(prompt) for prompt in prompts]
-        else:
-            ids = self.tokenizer(prompts, padding=False, truncation=False, verbose=False)["input_ids"]
+        ids = [[self.tokenizer.start, *chain(*units), self.tokenizer.end] for units in self.units(prompts)]
         room = self.config.max_length
         for prompt_ids in ids:
             if len(prompt_ids) > room:
@@ -59,13 +136,9 @@ class TextEncoder(nn.Module):
                 log.warning(
                     "prompt cut: %d tokens, the limit is %d; dropped: %.300r", len(prompt_ids) - 2, room - 2, dropped
                 )
-                prompt_ids[room - 1 :] = [self.tokenizer.eos_token_id]
-        padded = [prompt_ids + [self.tokenizer.pad_token_id] * (room - len(prompt_ids)) for prompt_ids in ids]
+                prompt_ids[room - 1 :] = [self.tokenizer.end]
+        padded = [prompt_ids + [self.tokenizer.end] * (room - len(prompt_ids)) for prompt_ids in ids]
         return torch.tensor(padded, dtype=torch.long)
-
-    def _ids_with_triggers(self, prompt: str) -> list[int]:
-        """The ids of a prompt, ends included."""
-        return [self.tokenizer.bos_token_id, *chain(*self.units([prompt])[0]), self.tokenizer.eos_token_id]
 
     def units(self, texts: Sequence[str]) -> list[list[list[int]]]:
         """The ids of each text, without ends, in units: those of a trigger stay together, others are alone.
@@ -81,7 +154,7 @@ class TextEncoder(nn.Module):
             starts, ends = [0, *(match.end() for match in matches)], [*(match.start() for match in matches), len(text)]
             plain += [text[start:end] for start, end in zip(starts, ends, strict=True)]
             found.append([triggers[(match.lastindex or 1) - 1] for match in matches])
-        tokens = iter(self.tokenizer(plain, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+        tokens = iter(self.tokenizer.encode(plain))
         return [
             [*_alone(next(tokens)), *(unit for name in names for unit in (self.triggers[name], *_alone(next(tokens))))]
             for names in found
@@ -89,10 +162,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, token_ids: Tensor, clip_skip: int = 1) -> Tensor:
         """Token ids (b, n) → hidden states (b, n, width), normed, of the layer that is `clip_skip`-th from the end."""
-        if clip_skip == 1:
-            return self.transformer(input_ids=token_ids).last_hidden_state
-        states = self.transformer(input_ids=token_ids, output_hidden_states=True).hidden_states
-        return self.transformer.final_layer_norm(states[-clip_skip])
+        return self.transformer(token_ids, skipped=clip_skip - 1)
 
     @torch.no_grad()
     def encode(self, prompts: str | Sequence[str]) -> Tensor:

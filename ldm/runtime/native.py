@@ -1,6 +1,7 @@
 """The kernels of kernels.cpp: compiled once for this CPU where there is a C++ compiler; elsewhere torch's operators do.
 
-They compute what `ldm.models.layers` has and stand in for it in networks that are used, and not trained (`use_in`).
+They compute what `ldm.models.layers` has and stand in for it in networks that `use_in` is told of, wherever no gradient
+is asked for.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ LOADED: dict[str, Callable[..., None]] = {}  # the kernels there are, by name an
 
 
 def use_in(network: nn.Module) -> None:
-    """Let a network on the CPU run by these kernels, where there are any. It cannot be trained from then on."""
+    """Let a network on the CPU run by these kernels, where there are any."""
     load()
     for layer in network.modules() if LOADED else ():
         if isinstance(layer, SelfAttention | CrossAttention):
@@ -55,7 +56,7 @@ def use_in(network: nn.Module) -> None:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As `ldm.models.layers.attention`."""
     batch, heads, queries, size = q.shape
-    kernel = _kernel("attention", q)
+    kernel = _kernel("attention", q, k, v)
     if kernel is None or size > MOST_HEAD or not all(t.stride(3) == 1 for t in (q, k, v)):
         return layers.attention(q, k, v)
     out = q.new_empty(batch, queries, heads * size)
@@ -81,7 +82,7 @@ def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
     """As `ldm.models.layers.scale_and_shift`."""
-    kernel = _kernel("scale_and_shift", x)
+    kernel = _kernel("scale_and_shift", x, scale, shift)
     if kernel is None or not _is_flat(x) or scale.dtype != torch.float32:
         return layers.scale_and_shift(x, scale, shift, silu)
     out = torch.empty_like(x)
@@ -103,11 +104,12 @@ def gated_gelu(x: Tensor) -> Tensor:
     return out
 
 
-def _kernel(name: str, like: Tensor) -> Callable[..., None] | None:
-    """That for a tensor, where there is one, and nothing is to be learned."""
-    if like.device.type not in ("cpu", "meta") or (torch.is_grad_enabled() and like.requires_grad):
+def _kernel(name: str, *tensors: Tensor) -> Callable[..., None] | None:
+    """That for tensors like the first, where there is one, and nothing is to be learned through any of them."""
+    learning = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if learning or tensors[0].device.type not in ("cpu", "meta"):
         return None
-    return LOADED.get(_named(name, like.dtype))
+    return LOADED.get(_named(name, tensors[0].dtype))
 
 
 def _named(kernel: str, dtype: torch.dtype) -> str:

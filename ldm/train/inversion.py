@@ -62,7 +62,7 @@ def start_inversion(
     table = embeddings.token_embedding
     rows = _normal(table.weight, vectors, generator) if initial is None else _rows_of(text, initial, vectors)
     text.requires_grad_(False)
-    embeddings.token_embedding = learned = TrainableEmbedding(table, rows)
+    embeddings.token_embedding = learned = TrainableEmbedding(table, rows)  # type: ignore[assignment]
     first = len(table.weight)
     text.triggers = text.triggers | {token.lower(): list(range(first, first + vectors))}
     return learned

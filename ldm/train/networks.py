@@ -15,7 +15,7 @@ from ldm.config import SD_V1, ModelConfig
 from ldm.errors import RequestError
 from ldm.models.layers import ResBlock
 from ldm.models.text import TextEncoder
-from ldm.models.tokenizer import build_tokenizer, shipped_vocabulary
+from ldm.models.tokenizer import Tokenizer, shipped_vocabulary
 from ldm.models.unet import SpatialTransformer, UNet
 from ldm.models.vae import VAE, PixelAttention
 from ldm.train.vocabulary import learn_vocabulary
@@ -40,7 +40,7 @@ def new_model(config: ModelConfig, vae: Path, captions: Iterable[str], seed: int
         raise RequestError(f"networks do not fit {vae}: {error}") from error
     size = config.text.vocab_size
     tables = shipped_vocabulary() if size == SD_V1.text.vocab_size else learn_vocabulary(captions, size)
-    tokenizer = build_tokenizer(*tables, config.text.max_length)
+    tokenizer = Tokenizer(*tables, config.text.max_length)
     torch.manual_seed(seed)
     unet = _channels_last(UNet(config.unet))
     nn.init.zeros_(unet.conv_out.weight)  # so that it starts at the mean of what it is to predict, as the reference's
