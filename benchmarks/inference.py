@@ -188,9 +188,11 @@ def share_of_products(args: argparse.Namespace, seconds: float) -> float:
 
     with torch.device("meta"):
         side = args.size // 8
-        inputs = torch.empty(2, 4, side, side), torch.empty(2), torch.empty(2, 77, SD_V1.unet.context_dim)
+        unet = UNet(SD_V1.unet)
+        shifts = unet.embed_time(torch.empty(1))
+        keys_values = unet.embed_context(torch.empty(2, 77, SD_V1.unet.context_dim))
         with FlopCounterMode(display=False) as counter:
-            UNet(SD_V1.unet)(*inputs)
+            unet.predict(torch.empty(1, 4, side, side), shifts, keys_values)
     a = torch.randn(4096, 4096).to(getattr(torch, args.dtype))
     times, _ = by_turns({"product": lambda: a @ a}, 5)
     return counter.get_total_flops() / seconds / (2 * 4096**3 / min(times["product"]))

@@ -4,7 +4,7 @@
     sd = StableDiffusion.load("v1-5.safetensors")  # or no argument: the small model shipped with the package
     sd.txt2img("a photograph of an astronaut riding a horse", seed=42)[0].save("astronaut.png")
 
-Importing this package costs nothing: torch and transformers are imported when a model is first used.
+Importing this package costs nothing: torch is imported when a model is first used.
 """
 
 import importlib

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ldm.models.unet import UNet
 from ldm.runtime import native, strips
 from ldm.runtime.footprint import footprint
 
+ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which("c++")
 SHAPES = [  # batch, heads, queries, keys, size of a head
     (1, 1, 1, 1, 8),
@@ -25,15 +27,26 @@ SHAPES = [  # batch, heads, queries, keys, size of a head
     (2, 2, 64, 64, 160),
     (1, 1, 97, 513, 80),
     (1, 1, 31, 300, 256),
+    (2, 2, 5, 33, 4),
+    (1, 2, 70, 40, 20),
+    (1, 1, 40, 70, 100),
 ]
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+CAPABLE = sys.platform == "linux" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+pytestmark = pytest.mark.skipif(COMPILER is None or not CAPABLE, reason="needs a C++ compiler and a CPU with AVX2")
 
 
-@pytest.fixture(autouse=True)
-def loaded():
-    native.load()
-    assert {"attention_float32", "row_statistics_bfloat16", "scale_and_shift_float32"} <= native.LOADED.keys()
+@pytest.fixture(autouse=True, scope="module")
+def loaded(tmp_path_factory):
+    """The kernels of the source as it is, from a cache of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv(native.SWITCH, raising=False)
+        patch.setattr(native, "LOADED", {})
+        native.load.__wrapped__()
+        assert {"attention_float32", "row_statistics_bfloat16", "scale_and_shift_float32"} <= native.LOADED.keys()
+        yield
 
 
 @pytest.fixture
@@ -175,6 +188,21 @@ def test_the_shipped_networks_compute_the_same():
     assert relative_error(strips.decode(vae, z), plain_vae.decode(z)) < 1e-5
 
 
+def test_tensors_that_differ_are_torchs_matter():
+    q, k, v = heads_of(2, 1, 5, 7, 8)
+    assert torch.equal(native.attention(q, k[:1], v[:1]), layers.attention(q, k[:1], v[:1]))
+    with pytest.raises(RuntimeError, match="dtype"):
+        native.attention(q, k.bfloat16(), v.bfloat16())
+
+
+def test_group_norms_in_float16_are_torchs():
+    x = torch.randn(1, 48, 8, 8).half().contiguous(memory_format=torch.channels_last)
+    plain = layers.GroupNorm(16, 48).half()
+    norm = deepcopy(plain)
+    native.use_in(norm)
+    assert torch.equal(norm(x), plain(x))
+
+
 def test_networks_that_learn_do_without():
     x = torch.randn(1, 48, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
     with torch.enable_grad():
@@ -188,24 +216,56 @@ def test_networks_that_learn_do_without():
 def test_what_is_taken_is_counted():
     """On tensors without data the kernels take what they take on those with."""
     q, k, v = (t.to("meta") for t in heads_of(1, 8, 64, 4096, 40))
-    out, copies = q.nbytes, k.nbytes + v.nbytes
-    assert footprint(lambda: native.attention(q, k, v)) == out + copies
+    copies = 2 * 8 * 4096 * 64 * 4  # of keys and values, whose 40 numbers are padded
+    assert footprint(lambda: native.attention(q, k, v)) == q.nbytes + copies
 
 
-def without(tmp_path, compiler):
-    code = (
-        "import ldm; from ldm.runtime import native; "
-        "ldm.StableDiffusion.load(device='cpu').txt2img('a red circle', steps=1, width=64, height=64); "
+def kernels_of_a_process(cache, cwd=None, **env):
+    """How many a program that draws has; what it tells; and the libraries in its cache."""
+    program = cache.parent / "program" / "draw.py"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(
+        "import ldm, logging; logging.basicConfig(level=20); from ldm.runtime import native\n"
+        "ldm.StableDiffusion.load(device='cpu').txt2img('a red circle', steps=1, width=64, height=64)\n"
         "print(len(native.LOADED))"
     )
-    env = {"CXX": compiler, "XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": "."}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
-    return run.stdout.strip(), list(tmp_path.rglob("*.so"))
+    env = {"XDG_CACHE_HOME": str(cache), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)} | env
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True, env=env, cwd=cwd, check=True)
+    return int(run.stdout), run.stderr, list(cache.rglob("*.so"))
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_compiler_that_works_torch_does_it(tmp_path, compiler):
-    assert without(tmp_path, compiler) == ("0", [])
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        ({"CXX": "no-such-compiler"}, "there is no C++ compiler"),
+        ({"CXX": "false"}, "kernels cannot be made or loaded"),
+        ({native.SWITCH: "0"}, ""),
+        ({"XDG_CACHE_HOME": "/proc/none"}, "kernels cannot be made or loaded"),
+    ],
+    ids=str,
+)
+def test_where_there_are_no_kernels_torch_does_it(tmp_path, env, told):
+    number, log, libraries = kernels_of_a_process(tmp_path / "cache", **env)
+    assert (number, libraries) == (0, [])
+    assert told in log
+
+
+def test_the_cache(tmp_path):
+    """Made once, whatever modules lie about; not used where others may write to it, or where it is damaged."""
+    cwd, cache = tmp_path / "cwd", tmp_path / "cache"
+    (cwd / "ldm").mkdir(parents=True)
+    (cwd / "ldm" / "__init__.py").write_text("raise SystemExit('foreign code')")
+    number, log, [library] = kernels_of_a_process(cache, cwd)
+    assert number >= 7 and "compiling" in log
+    number, log, _ = kernels_of_a_process(cache, cwd)
+    assert number >= 7 and "compiling" not in log
+    library.chmod(0o777)
+    number, log, _ = kernels_of_a_process(cache, cwd)
+    assert number == 0 and "others may write to it" in log
+    library.chmod(0o700)
+    library.write_bytes(b"damaged")
+    number, log, _ = kernels_of_a_process(cache, cwd)
+    assert number == 0 and "kernels cannot be made or loaded" in log
 
 
 def test_kernels_that_crash_are_not_used(tmp_path, monkeypatch):
@@ -215,7 +275,7 @@ def test_kernels_that_crash_are_not_used(tmp_path, monkeypatch):
     source.write_text(broken)
     monkeypatch.setattr(native, "SOURCE", source)
     monkeypatch.setattr(native, "LOADED", {})
-    native.make(tmp_path / "made")
+    native.make(tmp_path / "made", COMPILER)
     assert (tmp_path / "made" / native.TRUSTED).read_text() == ""
 
 
@@ -227,7 +287,7 @@ def test_kernels_that_are_wrong_are_not_used(tmp_path, monkeypatch):
         .replace("* scale - most[r]", "* 1.1f * scale - most[r]")
     )
     monkeypatch.setattr(native, "SOURCE", source)
-    native.make(tmp_path / "made")
+    native.make(tmp_path / "made", COMPILER)
     trusted = (tmp_path / "made" / native.TRUSTED).read_text().split()
     assert "row_statistics_float32" in trusted
     assert "attention_float32" not in trusted

@@ -26,7 +26,6 @@ from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.runtime import native
 from ldm.runtime.memory import keep_freed
-from ldm.runtime.packing import pack, packs
 from ldm.runtime.plan import Job, Plan, make_plan
 from ldm.runtime.streaming import Streamed, stream
 
@@ -176,8 +175,8 @@ def fill(
 ) -> None:
     """Give a network built on `meta` the tensors of `part`; where dtype and layout agree they stay views of the file.
 
-    Those of the weights `away` stay in the file alone until their layer runs, and some of a U-Net's are packed for its
-    CPU. Raises CheckpointError as `check` does, and for weights that are not finite in `dtype`.
+    Those of the weights `away` stay in the file alone until their layer runs. Raises CheckpointError as `check` does,
+    and for weights that are not finite in `dtype`.
     """
     shapes = check(network, part, config)
     state, nonfinite = {}, []
@@ -186,15 +185,9 @@ def fill(
         tensor = read()
         if not allow_nonfinite and not is_finite(tensor):
             nonfinite.append(name)
-        layer = network.get_submodule(ours.rpartition(".")[0])
-        packing = isinstance(network, UNet) and ours.endswith(".weight") and packs(layer, torch.device(device), dtype)
-        if packing or ours in away:
-            weight = Streamed(tensor, partial(read, copy=True))
-            if ours in away:
-                stream(layer)
-            else:
-                pack(layer, weight, tensor)
-            tensor = weight
+        if ours in away:
+            tensor = Streamed(tensor, partial(read, copy=True))
+            stream(network.get_submodule(ours.removesuffix(".weight")))
             release(part.tensors[name])
         state[ours] = tensor
     refuse_nonfinite(nonfinite, part, dtype)

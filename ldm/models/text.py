@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,12 @@ from ldm.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "gelu": F.gelu,
-}
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class Embeddings(nn.Module):
@@ -81,7 +83,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
 
     def forward(self, x: Tensor, skipped: int) -> Tensor:
-        for layer in self.layers[: len(self.layers) - skipped]:
+        for layer in islice(self.layers, len(self.layers) - skipped):
             x = layer(x)
         return x
 

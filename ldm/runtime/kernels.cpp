@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #if defined(__AMX_BF16__) && !defined(PLAY_AMX)
 #define HAVE_AMX
@@ -165,6 +164,7 @@ template <> struct Tiles<bf16> {
   }
   static void product(const bf16* a, int lda, const bf16* b, int64_t panel, float* c, int ldc, int columns, int depth,
                       bool add) {
+    asm volatile("" ::: "memory");  // what is loaded into tiles is to be written before
     int j = 0;
     for (; j + 2 * PANEL <= columns; j += 2 * PANEL, b += 2 * panel)
       block<true>(a, lda, b, panel, c + j, ldc, depth, add);
@@ -181,17 +181,20 @@ struct TileSetup {
     uint8_t palette = 0, start_row = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
+    // Not by intrinsics, of which GCC before 12.4 and 13.3 believes that they touch 8 of the 64 bytes.
+    void load() const { asm volatile("ldtilecfg %0" ::"m"(*this) : "memory"); }
+    void store() { asm volatile("sttilecfg %0" : "=m"(*this)::"memory"); }
   } before;
   TileSetup() {
-    _tile_storeconfig(&before);
+    before.store();
     Config ours;
     ours.palette = 1;
     for (int t = 0; t < 8; t++) ours.bytes[t] = 64, ours.rows[t] = 16;
-    _tile_loadconfig(&ours);
+    ours.load();
   }
   ~TileSetup() {
     if (before.palette)
-      _tile_loadconfig(&before);
+      before.load();
     else
       _tile_release();
   }
@@ -203,7 +206,7 @@ struct TileSetup {
 constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Shape {
-  int64_t batch, heads, queries, keys, size;  // size: of a head, a multiple of 8
+  int64_t batch, heads, queries, keys, size;  // size: of a head, at most MOST
 };
 
 template <class T> struct Attention : Tiles<T> {
@@ -211,7 +214,7 @@ template <class T> struct Attention : Tiles<T> {
   using Tiles<T>::PANEL;
   using Tiles<T>::KEYS;
   using Tiles<T>::at;
-  static constexpr int MOST = 256;     // the size of a head
+  static constexpr int MOST = 256;
   static constexpr float SLACK = 8.f;  // powers of two by which a row's maximum may have grown
 
   Shape s;
@@ -222,8 +225,10 @@ template <class T> struct Attention : Tiles<T> {
   int64_t key_room() const { return up(keys, PANEL) * depth; }
   int64_t value_room() const { return up(columns, PANEL) * keys; }
 
-  // k (keys, size) to panels of keys, v (keys, size) to panels of its columns; what pads them stays zero.
+  // k (keys, size) to panels of keys, v (keys, size) to panels of its columns; what pads them is zero.
   void pack(const T* k, int64_t k_stride, const T* v, int64_t v_stride, T* keys_to, T* values_to) const {
+    std::memset((void*)keys_to, 0, key_room() * sizeof(T));
+    std::memset((void*)values_to, 0, value_room() * sizeof(T));
     for (int64_t n = 0; n < s.keys; n++)
       for (int64_t d = 0; d < s.size; d++) {
         keys_to[n / PANEL * PANEL * depth + at(d, n % PANEL, depth)] = k[n * k_stride + d];
@@ -279,25 +284,25 @@ template <class T> struct Attention : Tiles<T> {
   }
 
   // q, k, v: (batch, heads, tokens, size), whose strides but the last follow each other; out: (batch, tokens, heads,
-  // size), without gaps.
-  void run(const T* q, const T* k, const T* v, T* out, const int64_t* strides, int threads) const {
+  // size), without gaps. space: for both kinds of panels, which have padded keys times padded sizes of at most 32 more.
+  void run(const T* q, const T* k, const T* v, T* out, T* space, const int64_t* strides, int threads) const {
     const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6, pairs = s.batch * s.heads;
     const int64_t tiles = (s.queries + ROWS - 1) / ROWS;
-    std::vector<T> packed_keys(pairs * key_room()), packed_values(pairs * value_room());
+    T *packed_keys = space, *packed_values = space + pairs * key_room();
 #pragma omp parallel num_threads(threads)
     {
       [[maybe_unused]] TileSetup setup;
 #pragma omp for schedule(static)
       for (int64_t p = 0; p < pairs; p++) {
         const int64_t b = p / s.heads, h = p % s.heads;
-        pack(k + b * ks[0] + h * ks[1], ks[2], v + b * vs[0] + h * vs[1], vs[2], &packed_keys[p * key_room()],
-             &packed_values[p * value_room()]);
+        pack(k + b * ks[0] + h * ks[1], ks[2], v + b * vs[0] + h * vs[1], vs[2], packed_keys + p * key_room(),
+             packed_values + p * value_room());
       }
 #pragma omp for schedule(static)
       for (int64_t work = 0; work < pairs * tiles; work++) {
         const int64_t p = work / tiles, i = work % tiles * ROWS, b = p / s.heads, h = p % s.heads;
         rows(q + b * qs[0] + h * qs[1] + i * qs[2], qs[2], std::min<int64_t>(ROWS, s.queries - i),
-             &packed_keys[p * key_room()], &packed_values[p * value_room()],
+             packed_keys + p * key_room(), packed_values + p * value_room(),
              out + ((b * s.queries + i) * s.heads + h) * s.size, s.heads * s.size);
       }
     }
@@ -379,9 +384,9 @@ extern "C" {
     gated_gelu(x, out, size[0], size[1], threads);                                                                    \
   }
 #define ATTENTION(name, T)                                                                                            \
-  void attention_##name(const T* q, const T* k, const T* v, T* out, const Shape* shape, const int64_t* strides,       \
-                        int threads) {                                                                                \
-    Attention<T>(*shape).run(q, k, v, out, strides, threads);                                                         \
+  void attention_##name(const T* q, const T* k, const T* v, T* out, T* space, const Shape* shape,                     \
+                        const int64_t* strides, int threads) {                                                        \
+    Attention<T>(*shape).run(q, k, v, out, space, strides, threads);                                                  \
   }
 
 POINTWISE(float32, float)

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -33,8 +34,10 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 LIBRARY, TRUSTED = "kernels.so", "trusted.txt"
 SWITCH = "LDM_NATIVE"  # an environment variable; 0 leaves the kernels out
-PATIENCE = 120  # seconds, for the compiler
+PATIENCE = 60  # seconds, for the compiler and for the check
+CRASHES = (signal.SIGILL, signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP)
 MOST_HEAD = 256  # numbers in a head of attention, as in kernels.cpp
+PADDING = 32  # of keys and heads of attention, at most
 CHANNELS = 16  # that kernels take at once, at most
 
 KERNELS = ("row_statistics", "scale_and_shift", "gated_gelu", "attention")
@@ -57,14 +60,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As `ldm.models.layers.attention`."""
     batch, heads, queries, size = q.shape
     kernel = _kernel("attention", q, k, v)
-    if kernel is None or size > MOST_HEAD or not all(t.stride(3) == 1 for t in (q, k, v)):
+    alike = all(t.dtype == q.dtype and len(t) == batch and t.stride(3) == 1 for t in (q, k, v))
+    if kernel is None or size > MOST_HEAD or not alike:
         return layers.attention(q, k, v)
     out = q.new_empty(batch, queries, heads * size)
-    if q.is_meta:  # where it counts what is taken: copies of keys and values, too
-        torch.cat([k, v])
-        return out
-    strides = [stride for t in (q, k, v) for stride in t.stride()[:3]]
-    kernel(*_at(q, k, v, out), _numbers(batch, heads, queries, k.shape[2], size), _numbers(*strides), _threads())
+    space = q.new_empty(2, batch, heads, _padded(k.shape[2]), _padded(size))  # for copies of keys and values
+    if not q.is_meta:  # where it only counts what is taken
+        strides = [stride for t in (q, k, v) for stride in t.stride()[:3]]
+        shape = _numbers(batch, heads, queries, k.shape[2], size)
+        kernel(*_at(q, k, v, out, space), shape, _numbers(*strides), _threads())
     return out
 
 
@@ -129,6 +133,10 @@ def _numbers(*values: int) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(values))(*values)
 
 
+def _padded(size: int) -> int:
+    return -(-size // PADDING) * PADDING
+
+
 def _threads() -> int:
     return torch.get_num_threads()
 
@@ -136,20 +144,25 @@ def _threads() -> int:
 @cache
 def load() -> None:
     """Load the kernels that agree with torch, after compiling them where this CPU has none yet."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
     capable = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     if sys.platform != "linux" or not capable or os.environ.get(SWITCH) == "0":
         return
-    folder = _cache() / f"kernels-{_fingerprint()}"
     try:
+        folder = _cache() / f"kernels-{_fingerprint()}"
         if not folder.is_dir():
-            make(folder)
+            if compiler is None:
+                log.info("there is no C++ compiler, so torch's kernels are used, which are slower")
+                return
+            make(folder, compiler)
+        _refuse_others(folder)
         LOADED.update(open_library(folder / LIBRARY, (folder / TRUSTED).read_text().split()))
-    except (OSError, subprocess.SubprocessError) as error:
-        log.info("no kernels of our own, torch's are slower: %s", error)
+    except (OSError, RuntimeError, AttributeError, ValueError, subprocess.SubprocessError) as error:
+        log.warning("kernels cannot be made or loaded, torch's are slower: %s", error)
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "ldm"
 
 
 def _fingerprint() -> str:
@@ -159,18 +172,33 @@ def _fingerprint() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def make(folder: Path) -> None:
+def _refuse_others(folder: Path) -> None:
+    """Raises OSError where a library, which can do anything, may be somebody else's."""
+    for path in (folder.parent, folder, folder / LIBRARY):
+        if path.stat().st_uid != os.geteuid() or path.stat().st_mode & 0o022:
+            raise OSError(f"{path} is another user's, or others may write to it: remove it")
+
+
+def make(folder: Path, compiler: str) -> None:
     """Compile, and let another process, lest this one crashes, tell which kernels agree with torch."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise FileNotFoundError("there is no C++ compiler")
     log.info("compiling kernels for this CPU, once")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with suppress(FileExistsError), staged_folder(folder) as temporary:  # another may have made it by now
         library = temporary / LIBRARY
         compile_to(library, compiler)
-        check = [sys.executable, "-m", "ldm.runtime.native", str(library)]
-        (temporary / TRUSTED).write_text(subprocess.run(check, capture_output=True, text=True, timeout=PATIENCE).stdout)
+        (temporary / TRUSTED).write_text(_check(library))
+        library.chmod(0o700)
+    folder.chmod(0o700)
+
+
+def _check(library: Path) -> str:
+    """What `agreeing` tells in a process of its own, until it crashes if it does."""
+    command = [sys.executable, "-m", "ldm.runtime.native", str(library)]
+    here = Path(__file__).parents[2]  # whose modules are the ones it imports, whatever lies in the user's folder
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=here)
+    if run.returncode and -run.returncode not in CRASHES:
+        raise OSError(f"they cannot be checked: {run.stderr.strip()[-200:]}")
+    return run.stdout
 
 
 def compile_to(library: Path, compiler: str, *flags: str) -> None:

@@ -26,18 +26,18 @@ class Streamed(nn.Parameter):
         return Streamed(self, self.read)
 
 
-def value(weight: Tensor) -> Tensor:
+def _value(weight: Tensor) -> Tensor:
     return weight.read() if isinstance(weight, Streamed) else weight
 
 
 class _Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, value(self.weight), self.bias)
+        return F.linear(x, _value(self.weight), self.bias)
 
 
 class _Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, value(self.weight), self.bias)
+        return self._conv_forward(x, _value(self.weight), self.bias)
 
 
 STREAMING: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear, nn.Conv2d: _Conv2d}

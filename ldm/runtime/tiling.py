@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
 from ldm.errors import RequestError
 
@@ -25,11 +25,6 @@ def seamless(tiling: str) -> AbstractContextManager[object]:
     if tiling not in AXES:
         raise RequestError(f"tiling is {tiling!r}: use one of {', '.join(AXES)}")
     return _Wrapping(AXES[tiling]) if AXES[tiling] else nullcontext()
-
-
-def is_seamless() -> bool:
-    """Whether this thread is inside of it."""
-    return any(isinstance(mode, _Wrapping) for mode in _get_current_function_mode_stack())
 
 
 class _Wrapping(TorchFunctionMode):
