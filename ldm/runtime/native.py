@@ -92,8 +92,8 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> Tens
     out = torch.empty_like(x)
     if not x.is_meta:
         batch, channels, height, width = x.shape
-        size = _numbers(batch, height * width, channels)
-        kernel(*_at(x, scale.contiguous(), shift.contiguous(), out), size, int(silu), _threads())
+        scale, shift = scale.contiguous(), shift.contiguous()
+        kernel(*_at(x, scale, shift, out), _numbers(batch, height * width, channels), int(silu), _threads())
     return out
 
 
