@@ -344,3 +344,9 @@ def test_fid_without_its_package_says_what_to_install(main, folder, tmp_path, ca
     (tmp_path / "weights.pth").touch()
     code = main(["--images", str(folder), "--reference", str(folder), "--inception", str(tmp_path / "weights.pth")])
     assert (code, "pip install -e '.[evaluate]' torch-fidelity" in capsys.readouterr().err) == (2, True)
+
+
+def test_clip_scores_without_transformers_say_what_to_install(main, folder, clip_folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code = main(["--images", str(folder), "--clip", str(clip_folder)])
+    assert (code, "needs transformers: pip install -e '.[evaluate]'" in capsys.readouterr().err) == (2, True)

@@ -158,7 +158,7 @@ def load() -> None:
         _refuse_others(folder)
         LOADED.update(open_library(folder / LIBRARY, (folder / TRUSTED).read_text().split()))
     except (OSError, RuntimeError, AttributeError, ValueError, subprocess.SubprocessError) as error:
-        log.warning("kernels cannot be made or loaded, torch's are slower: %s", error)
+        log.warning("kernels cannot be made or loaded, torch's are slower (%s=0 tries none): %s", SWITCH, error)
 
 
 def _cache() -> Path:

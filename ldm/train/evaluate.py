@@ -250,8 +250,11 @@ def clip_score(pictures: Examples, model: Path, device: torch.device) -> tuple[f
 
 
 def _load_clip(folder: Path) -> tuple[torch.nn.Module, Any]:
-    """A CLIP model and its processor, after a trial. Raises CheckpointError."""
-    from transformers import CLIPModel, CLIPProcessor, logging
+    """A CLIP model and its processor, after a trial. Raises CheckpointError, RequestError for want of transformers."""
+    try:
+        from transformers import CLIPModel, CLIPProcessor, logging
+    except ImportError as error:
+        raise RequestError(f"the CLIP score needs transformers: pip install -e '.[evaluate]' ({error})") from error
 
     logging.set_verbosity_error()  # it warns at length of what is an error here
     logging.disable_progress_bar()
