@@ -86,9 +86,9 @@ def _open_model(
 ) -> tuple[Checkpoint, ModelConfig, dict[str, Any]]:
     """What is at a path, and its networks without weights, as they will run."""
     checkpoint = open_checkpoint(Path(path), choices)
+    config = config or read_config(checkpoint)
     for name in NAMES:
         checkpoint.part(name)  # or what is missing is told
-    config = config or read_config(checkpoint)
     networks = {name: build(checkpoint, name, getattr(config, name)) for name in NAMES}
     if torch.device(device).type == "cpu":
         for network in networks.values():
