@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 PLENTY = 2  # times the weights, free
+LATER = 100 * MIB  # of libraries that are loaded, and buffers that they take, when networks first run on the CPU
 LEFT = 1.05  # of what is counted, for what is not: pieces of memory too small to be given back
 
 
@@ -92,7 +93,8 @@ def make_plan(
     if memory is None or (job.memory is None and memory > plenty):
         return None
     width, height = (round((side or config.image_size) * job.scale) for side in (job.width, job.height))
-    return fit(networks, replace(job, memory=memory, width=width, height=height), taken(device), dtype)
+    program = taken(device) + (LATER if device.type == "cpu" else 0)
+    return fit(networks, replace(job, memory=memory, width=width, height=height), program, dtype)
 
 
 def fit(networks: Mapping[str, nn.Module], job: Job, program: int, dtype: torch.dtype) -> Plan:
