@@ -144,7 +144,7 @@ INVERSION = (
         ((*LORA, 'lora.layers="attention+conv"', "lora.layout=peft", "loop.precision=bfloat16"), 0.005),
         ((*LORA, 'prior.prompts=["a circle"]', "prior.count=2", "prior.weight=0.5"), 0.003),
         ((*INVERSION, "inversion.initial=circle", "data.caption=<new>", "optimizer.learning_rate=1e-1"), 1e-4),
-        (("diffusion.inpaint=true", "diffusion.cache=true"), 0.02),
+        (("diffusion.inpaint=true", "diffusion.cache=true", "optimizer.learning_rate=3e-3"), 0.02),
     ],
     ids=["full", "to v", "LoRA", "LoRA with convolutions, bfloat16", "DreamBooth", "textual inversion", "inpainting"],
 )
