@@ -28,9 +28,12 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return rearrange(x, "b n (heads d) -> b heads n d", heads=heads)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) v over (b, heads, n, d); the heads come back joined, (b, n, heads·d)."""
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """softmax(q kᵀ / √d) v over (b, heads, n, d); the heads come back joined, (b, n, heads·d).
+
+    causal: whether tokens see those before them and themselves alone.
+    """
+    return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "b heads n d -> b n (heads d)")
 
 
 def gated_gelu(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The text encoder: CLIP's text transformer (Radford et al. 2021, arXiv:2103.00020, section 2.4) with its tokenizer.
 
-Its own and not transformers', whose import alone takes longer than a step of the U-Net; modules have the same names.
+Its own and not transformers', whose import alone takes 4 to 5 s; modules have the same names.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from itertools import chain, islice
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.config import TextConfig
-from ldm.models.layers import split_heads
+from ldm.models.layers import attention, split_heads
 from ldm.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -49,8 +48,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(rearrange(attended, "b heads n d -> b n (heads d)"))
+        return self.out_proj(attention(q, k, v, causal=True))
 
 
 class MLP(nn.Module):

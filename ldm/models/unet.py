@@ -12,7 +12,7 @@ Used as three functions, so that nothing constant is computed twice:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from ldm.config import UNetConfig
 from ldm.models.layers import GroupNorm, ResBlock, Upsample, attention, gated_gelu, split_heads, to_map, to_tokens
 
 KeyValue = tuple[Tensor, Tensor]  # (b, heads, n, d) each
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -36,7 +37,7 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.attend = attention  # a runtime may have a faster one
+        self.attend: Attention = attention  # a runtime may have a faster one
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
@@ -53,7 +54,7 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, heads: int, context_dim: int):
         super().__init__()
         self.heads = heads
-        self.attend = attention  # a runtime may have a faster one
+        self.attend: Attention = attention  # a runtime may have a faster one
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)

@@ -68,7 +68,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if not q.is_meta:  # where it only counts what is taken
         strides = [stride for t in (q, k, v) for stride in t.stride()[:3]]
         shape = _numbers(batch, heads, queries, k.shape[2], size)
-        kernel(*_at(q, k, v, out, space), shape, _numbers(*strides), _threads())
+        kernel(*_at(q, k, v, out, space), shape, _numbers(*strides), torch.get_num_threads())
     return out
 
 
@@ -80,7 +80,7 @@ def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
     mean, variance = torch.empty(2, batch, height, 1, channels, dtype=torch.float64, device=x.device)
     if not x.is_meta:
-        kernel(*_at(x, mean, variance), _numbers(batch * height, width, channels), _threads())
+        kernel(*_at(x, mean, variance), _numbers(batch * height, width, channels), torch.get_num_threads())
     return mean, variance
 
 
@@ -93,7 +93,9 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> Tens
     if not x.is_meta:
         batch, channels, height, width = x.shape
         scale, shift = scale.contiguous(), shift.contiguous()
-        kernel(*_at(x, scale, shift, out), _numbers(batch, height * width, channels), int(silu), _threads())
+        kernel(
+            *_at(x, scale, shift, out), _numbers(batch, height * width, channels), int(silu), torch.get_num_threads()
+        )
     return out
 
 
@@ -104,7 +106,7 @@ def gated_gelu(x: Tensor) -> Tensor:
         return layers.gated_gelu(x)
     out = x.new_empty(*x.shape[:-1], size)
     if not x.is_meta:
-        kernel(*_at(x, out), _numbers(out.numel() // size, size), _threads())
+        kernel(*_at(x, out), _numbers(out.numel() // size, size), torch.get_num_threads())
     return out
 
 
@@ -137,20 +139,16 @@ def _padded(size: int) -> int:
     return -(-size // PADDING) * PADDING
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
-
-
 @cache
 def load() -> None:
     """Load the kernels that agree with torch, after compiling them where this CPU has none yet."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
     capable = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     if sys.platform != "linux" or not capable or os.environ.get(SWITCH) == "0":
         return
     try:
         folder = _cache() / f"kernels-{_fingerprint()}"
         if not folder.is_dir():
+            compiler = shutil.which(os.environ.get("CXX", "c++"))
             if compiler is None:
                 log.info("there is no C++ compiler, so torch's kernels are used, which are slower")
                 return
