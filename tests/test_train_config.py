@@ -183,6 +183,8 @@ PICTURES = TUNED.replace('"shapes"\ncount = 8', '"pictures"')
         ),
         (NEW, "data.caption=a shape", "data.caption is for task 'diffusion' with pictures from disk: leave it out"),
         (PICTURES, "data.seed=1", "data.seed is for data.source 'shapes': leave it out"),
+        (TUNED, "data.kinds=['two', 'four']", "data: kinds is 'four': use one of one, two, inside, count, three"),
+        (PICTURES, "data.kinds=['two']", "data.kinds is for data.source 'shapes': leave it out"),
         *(
             (text, f"data.side={side}", f"width is {side}: use ")
             for text in (TUNED, PICTURES + "[diffusion]\nmethod='lora'")

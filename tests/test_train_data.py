@@ -102,6 +102,17 @@ def test_shapes_are_scenes_of_the_world():
     assert examples.broken == {}
 
 
+def test_shapes_of_some_kinds():
+    kinds = ("inside", "one", "two")
+    examples = open_examples("shapes", seed=3, kinds=kinds, count=6, side=32)
+    for index, example in enumerate(examples):
+        scene = draw_scene(3, index, "train", kinds[index % 3])
+        assert example.image.tobytes() == scene.draw(32).tobytes()
+        assert (len(scene.things), scene.relation == "inside") in ((2, True), (1, False), (2, False))
+        assert (scene.relation == "inside") >= (index % 3 == 0)
+        assert examples.version(index) != open_examples("shapes", seed=3, count=6).version(index)
+
+
 @pytest.mark.parametrize("options", [{}, {"count": 0}, {"count": 4, "side": 0}, {"count": 4, "side": 8193}])
 def test_shapes_need_a_count(options):
     with pytest.raises(RequestError, match="expected a count of scenes"):

@@ -112,9 +112,7 @@ class Adapters:
         if not doses:
             return original, None
         if isinstance(original, Streamed):
-            merged = Streamed(original, lambda: _merged(original.read(), parameter, doses))
-            merged.read()  # where it overflows that is told now
-            return merged, original
+            return original.changed(lambda weight: _merged(weight, parameter, doses)), original
         return _like(original, _merged(original, parameter, doses)), kept
 
     def _now(self, parameter: Parameter) -> nn.Parameter:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 LIBRARY, TRUSTED = "kernels.so", "trusted.txt"
-SWITCH = "LDM_NATIVE"  # an environment variable; 0 leaves the kernels out
+SWITCH = "LDM_NATIVE"  # an environment variable; 0 leaves the kernels out, and packed weights
 PATIENCE = 60  # seconds, for the compiler and for the check
 CRASHES = (signal.SIGILL, signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP)
 MOST_HEAD = 256  # numbers in a head of attention, as in kernels.cpp

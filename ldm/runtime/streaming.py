@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +11,24 @@ from torch import Tensor, nn
 
 LEAST = 1 << 12  # numbers in a weight that is worth it: those of layers hold nearly all of a network's
 
+Self = TypeVar("Self", bound="Streamed")
+
 
 class Streamed(nn.Parameter):
     """A weight without data; `read` answers with it, from wherever it is kept."""
 
     read: Callable[[], Tensor]
 
-    def __new__(cls, like: Tensor, read: Callable[[], Tensor]) -> Streamed:
+    def __new__(cls: type[Self], like: Tensor, read: Callable[[], Tensor]) -> Self:
         parameter = super().__new__(cls, torch.empty(like.shape, dtype=like.dtype, device="meta"), requires_grad=False)
         parameter.read = read
         return parameter
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Streamed:
+        """One that `change` makes of this one; what it raises is raised now."""
+        result = Streamed(self, lambda: change(self.read()))
+        result.read()
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Streamed:
         return Streamed(self, self.read)
@@ -30,17 +38,17 @@ def _value(weight: Tensor) -> Tensor:
     return weight.read() if isinstance(weight, Streamed) else weight
 
 
-class _Linear(nn.Linear):
+class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, _value(self.weight), self.bias)
 
 
-class _Conv2d(nn.Conv2d):
+class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, _value(self.weight), self.bias)
 
 
-STREAMING: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear, nn.Conv2d: _Conv2d}
+STREAMING: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
 
 
 def stream(layer: nn.Module) -> None:

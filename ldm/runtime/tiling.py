@@ -12,8 +12,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ldm.errors import RequestError
+from ldm.runtime.packing import ONEDNN
 
 AXES: dict[str, tuple[int, ...]] = {"none": (), "both": (-1, -2), "x": (-1,), "y": (-2,)}  # of a b c h w tensor
+
+PADDING = {F.conv2d: 4, ONEDNN._convolution_pointwise: 3}  # its place among a convolution's arguments
 
 
 def seamless(tiling: str) -> AbstractContextManager[object]:
@@ -35,11 +38,12 @@ class _Wrapping(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is F.conv2d and len(args) == 7:  # as nn.Conv2d calls it
-            x, weight, bias, stride, (height, width), dilation, groups = args
+        place = PADDING.get(func)
+        if place and len(args) > place:  # as layers call it
+            x, (height, width) = args[0], args[place]
             x = self._wrap(x, (width, width, height, height))
             padding = (0 if -2 in self.axes else height, 0 if -1 in self.axes else width)
-            return func(x, weight, bias, stride, padding, dilation, groups)
+            return func(x, *args[1:place], padding, *args[place + 1 :])
         if func is F.pad and len(args[1]) == 4:
             x, sides = args
             rest = [0 if axis in self.axes else side for axis, side in zip((-1, -1, -2, -2), sides, strict=True)]

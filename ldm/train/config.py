@@ -19,6 +19,7 @@ from typing import Any
 from ldm.config import ModelConfig, UNetConfig, check_choice, check_least
 from ldm.diffusion.prediction import PREDICTION_TYPES
 from ldm.request import Request
+from ldm.train.shapes import LAYOUTS
 from ldm.train.toml import build, read_toml, set_key, to_table
 
 TASKS = ("vae", "diffusion")
@@ -38,6 +39,7 @@ class Data:
     source: str  # "shapes", a folder of pictures, or WebDataset shards: "data/{000..009}.tar"
     count: int | None = None  # scenes of an epoch, where the source is "shapes"
     seed: int = 0  # of the world, where the source is "shapes"
+    kinds: tuple[str, ...] = ()  # of scenes, in turn, where the source is "shapes"; where not given, as often as usual
     caption: str | None = None  # of pictures that have none
     side: int = 512  # pixels; with buckets, the square root of their area
     crop: int | None = None  # side of a random part to cut out of each picture, for the VAE
@@ -49,6 +51,8 @@ class Data:
     def __post_init__(self) -> None:
         check_least(1, count=self.count, side=self.side, crop=self.crop)
         check_least(0, workers=self.workers)
+        for kind in self.kinds:
+            check_choice("kinds", kind, tuple(LAYOUTS))
 
 
 @dataclass(frozen=True)
@@ -296,6 +300,7 @@ class TrainConfig:
             "data.buckets": ("task 'diffusion'", diffusion),
             "data.caption": ("task 'diffusion' with pictures from disk", diffusion and not shapes),
             "data.seed": ("data.source 'shapes'", shapes),
+            "data.kinds": ("data.source 'shapes'", shapes),
             "diffusion": ("task 'diffusion'", diffusion),
             "prior": ("a model, which draws it", diffusion and self.model is not None),
             "prior.count": ("prior.prompts, and there are none", has_prior),

@@ -78,13 +78,19 @@ class Examples(Protocol):
 
 
 def open_examples(
-    source: str, *, seed: int = 0, count: int | None = None, side: int = 128, caption: str | None = None
+    source: str,
+    *,
+    seed: int = 0,
+    kinds: Sequence[str] = (),
+    count: int | None = None,
+    side: int = 128,
+    caption: str | None = None,
 ) -> Examples:
     """The pictures and captions of a source. Raises RequestError where there are none, or none that is whole.
 
-    source: "shapes", the world of ldm.train.shapes, of which the seed's first `count` scenes are drawn, side×side
-    pixels (these three arguments are of use for nothing else); or a folder, with all below it; or WebDataset
-    shards, as a path, a glob (*.tar) or a brace pattern ({000..009}.tar).
+    source: "shapes", the world of ldm.train.shapes, of which the seed's first `count` scenes are drawn, of `kinds` in
+    turn, side×side pixels (these four arguments are of use for nothing else); or a folder, with all below it; or
+    WebDataset shards, as a path, a glob (*.tar) or a brace pattern ({000..009}.tar).
 
     A caption is in a line {"file_name": ..., "text": ...} of a metadata.jsonl in the picture's folder or one above it,
     or else in NAME.txt or NAME.caption beside the picture; in shards in KEY.txt, or else in KEY.json under
@@ -92,7 +98,7 @@ def open_examples(
     files are skipped.
     """
     if source == "shapes":
-        return Shapes(seed, count, side)
+        return Shapes(seed, count, side, kinds)
     if count is not None:
         raise RequestError(f"{printable(source)}: count is for shapes only; a source on disk has as many as it has")
     if os.path.isdir(source):
@@ -122,15 +128,15 @@ def find_whole(examples: Examples, index: int) -> tuple[int, Example]:
 
 
 class Shapes:
-    """Scenes 0 … count - 1 of the shapes world's training split."""
+    """Scenes 0 … count - 1 of the shapes world's training split; those of `kinds`, in turn, if there are any."""
 
-    def __init__(self, seed: int, count: int | None, side: int):
+    def __init__(self, seed: int, count: int | None, side: int, kinds: Sequence[str] = ()):
         if count is None or count < 1 or side not in SIDES:
             raise RequestError(
                 f"shapes: expected a count of scenes (1 or more) and a side of {SIDES[0]} to {SIDES[-1]} pixels, "
                 f"got {count} and {side}"
             )
-        self.seed, self.count, self.side = seed, count, side
+        self.seed, self.count, self.side, self.kinds = seed, count, side, kinds
         self.broken: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -149,10 +155,13 @@ class Shapes:
         return self._scene(index).caption(Random(f"{self.seed} {index}"))
 
     def version(self, index: int) -> object:
-        return self.seed, index
+        return self.seed, index, *self._kind(index)
 
     def _scene(self, index: int) -> Scene:
-        return draw_scene(self.seed, range(self.count)[index], "train")
+        return draw_scene(self.seed, range(self.count)[index], "train", *self._kind(index))
+
+    def _kind(self, index: int) -> Sequence[str]:
+        return [self.kinds[index % len(self.kinds)]] if self.kinds else []
 
     def summary(self) -> str:
         return f"{self.count:,} scenes of the shapes world"

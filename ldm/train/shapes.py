@@ -207,7 +207,7 @@ def _words(thing: Thing, tells_size: bool) -> str:
 # ------------------------------------------------------------------------------------------------------------ chance
 
 KINDS = {"one": 0.4, "two": 0.4, "count": 0.1, "three": 0.1}  # of scenes, and how often each is drawn
-TELLS_SIZE = {"one": 0.8, "two": 0.3, "count": 0.3, "three": 0.0}  # how often captions do
+TELLS_SIZE = {"one": 0.8, "two": 0.3, "inside": 0.3, "count": 0.3, "three": 0.0}  # how often captions do
 PATTERNS = {"plain": 0.7, "gradient": 0.15, "striped": 0.15}
 SPLITS = ("train", "test", "unseen")
 HELD_OUT_SHARE = 10  # one in so many scenes is never trained on
@@ -217,7 +217,8 @@ def draw_scene(seed: int, number: int, split: str = "train", kind: str | None = 
     """Scene `number` of the world with this seed.
 
     split: "train"; "test", whose scenes are never in "train" though all they consist of is; or "unseen", whose first
-    thing is a pair of colour and shape that is never in either. kind: one of KINDS, by chance where not given.
+    thing is a pair of colour and shape that is never in either. kind: one of LAYOUTS; of KINDS, by chance, where not
+    given.
     """
     random = Random(f"{seed} {number} {split} {kind}")
     while True:
@@ -267,11 +268,15 @@ def _one(random: Random, colours: list[str]) -> Layout:
 def _two(random: Random, colours: list[str]) -> Layout:
     relation = random.choice(list(RELATIONS))
     if relation == "inside":
-        outer = _place(random, colours[1], 0.5, 0.5, 1, shape=random.choice(HOLDERS), size="large")
-        inner = _place(random, colours[0], outer.x, outer.y, 3, size="large")
-        return (replace(inner, size="small"), outer), relation
+        return _inside(random, colours)
     first, second = PLACES[relation]
     return (_place(random, colours[0], *first, 2), _place(random, colours[1], *second, 2)), relation
+
+
+def _inside(random: Random, colours: list[str]) -> Layout:
+    outer = _place(random, colours[1], 0.5, 0.5, 1, shape=random.choice(HOLDERS), size="large")
+    inner = _place(random, colours[0], outer.x, outer.y, 3, size="large")
+    return (replace(inner, size="small"), outer), "inside"
 
 
 def _count(random: Random, colours: list[str]) -> Layout:
@@ -298,6 +303,7 @@ PLACES = {
 LAYOUTS: dict[str, Callable[[Random, list[str]], Layout]] = {
     "one": _one,
     "two": _two,
+    "inside": _inside,  # one of two's relations
     "count": _count,
     "three": _three,
 }

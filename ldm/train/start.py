@@ -41,7 +41,9 @@ def run(config: TrainConfig, resume: bool = False) -> Path:
         for below in (SAMPLES, PRIOR):
             remove_unfinished(folder / below, "*")
     caption = data.caption if config.task == "diffusion" else ""  # an autoencoder reads none
-    examples = open_examples(data.source, seed=data.seed, count=data.count, side=data.side, caption=caption)
+    examples = open_examples(
+        data.source, seed=data.seed, kinds=data.kinds, count=data.count, side=data.side, caption=caption
+    )
     task, batches = TASKS[config.task](config, examples, accelerator)
     return train(config, task, batches, accelerator, resume)
 
