@@ -90,6 +90,7 @@ class StableDiffusion:
         taesd: str | Path | None = None,
         taesd_finals: bool = False,
         memory: str | int | None = None,
+        int8: bool = False,
         largest: Request | None = None,
     ) -> StableDiffusion:
         """From a single file or a diffusers folder; the shipped model where no path is given.
@@ -102,9 +103,10 @@ class StableDiffusion:
         do not tell the number of heads). device: auto, cpu, cuda, cuda:N, mps. dtype: auto, float32, float16, bfloat16.
         lora_folders: where to look for the LoRAs that prompts name. taesd: a file of TAESD's decoder, for previews;
         taesd_finals: and for the pictures themselves, in a fraction of the VAE's time, less exactly. memory: what this
-        process, or its part on a GPU, may take, as bytes or such as "4G"; what is free by default. largest: the request
-        that this has to be enough for, without LoRAs; one picture of the model's size by default. Raises
-        CheckpointError and RequestError.
+        process, or its part on a GPU, may take, as bytes or such as "4G"; what is free by default. int8: keep the
+        U-Net's weights in eight bits, which takes less memory and is a little off. largest: the request that memory has
+        to be enough for, without LoRAs; one picture of the model's size by default. Raises CheckpointError and
+        RequestError.
         """
         if taesd_finals and taesd is None:
             raise RequestError("taesd_finals needs taesd: give the file of its decoder")
@@ -117,7 +119,7 @@ class StableDiffusion:
         most = largest or Request("")
         job = Job(
             parse_memory(memory) if isinstance(memory, str) else memory,
-            most.width, most.height, most.batch_size, most.hires_scale,
+            most.width, most.height, most.batch_size, most.hires_scale, int8,
         )  # fmt: skip
         model = load_model(
             path, config, choices, device=where, dtype=precision, allow_nonfinite=allow_nonfinite, job=job

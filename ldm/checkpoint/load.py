@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,11 @@ from ldm.runtime import native
 from ldm.runtime.memory import keep_freed
 from ldm.runtime.packing import can_pack, pack
 from ldm.runtime.plan import Job, Plan, make_plan
+from ldm.runtime.quantization import quantize
 from ldm.runtime.streaming import Streamed, stream, streamable
 
 Device = torch.device | str
+Hold = Callable[[nn.Module, Tensor], Streamed]
 
 PACKED = (torch.bfloat16,)  # what is faster with packed weights: in float32 they gain a hundredth
 
@@ -71,11 +73,20 @@ def load_model(
         keep_freed(plan is None or not plan.tight)
         if plan:
             plan.report()
-    packs = job is not None and torch.device(device).type == "cpu" and dtype in PACKED and can_pack(dtype)
+    hold = {"unet": _holder(job, torch.device(device), dtype)}
     for name, network in networks.items():
         part, away = checkpoint.part(name), plan.away[name] if plan else ()
-        fill(network, part, getattr(config, name), device, dtype, allow_nonfinite, away, packs and name == "unet")
+        fill(network, part, getattr(config, name), device, dtype, allow_nonfinite, away, hold.get(name))
     return Model(**networks, config=config, plan=plan)
+
+
+def _holder(job: Job | None, device: torch.device, dtype: torch.dtype) -> Hold | None:
+    """How the U-Net's layers have weights that they are done with changing; None for as they are."""
+    if job is None:
+        return None
+    if job.int8:
+        return quantize
+    return pack if device.type == "cpu" and dtype in PACKED and can_pack(dtype) else None
 
 
 def plan_model(
@@ -177,16 +188,16 @@ def fill(
     dtype: torch.dtype,
     allow_nonfinite: bool = False,
     away: Collection[str] = (),
-    packs: bool = False,
+    hold: Hold | None = None,
 ) -> None:
     """Give a network built on `meta` the tensors of `part`; where dtype and layout agree they stay views of the file.
 
-    Those of the weights `away` stay in the file alone until their layer runs; with `packs`, those of other layers are
-    packed. Raises CheckpointError as `check` does, and for weights that are not finite in `dtype`.
+    Those of the weights `away` stay in the file alone until their layer runs; `hold` makes what those of
+    other layers become. Raises CheckpointError as `check` does, and for weights that are not finite in `dtype`.
     """
     shapes = check(network, part, config)
     state, nonfinite = {}, []
-    layers = streamable(network) if packs else {}
+    layers = streamable(network) if hold else {}
     for name, ours in part.expected(config).items():
         read = partial(_read, part.tensors[name], shapes[ours], device, dtype)
         tensor = read()
@@ -196,8 +207,8 @@ def fill(
             tensor = Streamed(tensor, partial(read, copy=True))
             stream(network.get_submodule(ours.removesuffix(".weight")))
             release(part.tensors[name])
-        elif ours in layers:
-            tensor = pack(network.get_submodule(ours.removesuffix(".weight")), tensor)
+        elif hold and ours in layers:
+            tensor = hold(network.get_submodule(ours.removesuffix(".weight")), tensor)
             release(part.tensors[name])
         state[ours] = tensor
     refuse_nonfinite(nonfinite, part, dtype)

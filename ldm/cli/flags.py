@@ -116,6 +116,11 @@ def add_model_flags(group: Any) -> None:
         metavar="SIZE",
         help="what to get by with, such as 4G or 1500M (default: what is free)",
     )
+    add_int8(group)
+
+
+def add_int8(group: Any) -> None:
+    group.add_argument("--int8", action="store_true", help="the U-Net's weights in eight bits: less memory, less exact")
 
 
 def _lora(text: str) -> tuple[Path, float, float | None]:
@@ -166,6 +171,7 @@ def load(args: argparse.Namespace, largest: Request | None = None) -> StableDiff
         taesd=args.taesd,
         taesd_finals=args.taesd_finals,
         memory=args.memory,
+        int8=args.int8,
         largest=largest,
     )
     for path, strength, text_strength in args.lora:

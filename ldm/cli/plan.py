@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ldm.cli.flags import MODEL_CHOICES, add_model_choices
+from ldm.cli.flags import MODEL_CHOICES, add_int8, add_model_choices
 from ldm.config import LABELS
 from ldm.errors import RequestError
 
@@ -26,6 +26,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default auto)")
     parser.add_argument("--memory", metavar="SIZE", help="such as 4G or 1500M (default: what is free)")
+    add_int8(parser)
     parser.set_defaults(run=run)
 
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         raise RequestError("how much memory is free is not known here: give --memory")
     plan = plan_model(
         args.model or shipped_model(),
-        Job(memory, args.width, args.height, args.batch_size),
+        Job(memory, args.width, args.height, args.batch_size, int8=args.int8),
         Choices(**{name: getattr(args, name) for name in MODEL_CHOICES}),
         device=device,
         dtype=pick_dtype(args.dtype, device),

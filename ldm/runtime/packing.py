@@ -39,9 +39,6 @@ class Packed(Streamed):
     def changed(self, change: Callable[[Tensor], Tensor]) -> Packed:
         return Packed(change(self.read()), self.pack)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
-        return Packed(self.read(), self.pack)
-
 
 class _Linear(streaming.Linear):
     weight: Packed

@@ -36,6 +36,7 @@ class Job:
     height: int | None = None
     batch_size: int = 1
     scale: float = 1.0  # by which a second pass enlarges the picture
+    int8: bool = False  # whether the weights of the U-Net's layers are in eight bits
 
     def __post_init__(self) -> None:
         for name in ("memory", "width", "height", "batch_size"):
@@ -89,7 +90,7 @@ def make_plan(
     """The fastest plan for networks that are on `meta` yet; none where nobody asks and there is plenty of memory."""
     trim()  # or what earlier models left would count as the program's
     memory = available(device) if job.memory is None else job.memory
-    plenty = PLENTY * sum(_weights(networks, dtype).values())
+    plenty = PLENTY * sum(_weights(networks, dtype, job.int8).values())
     if memory is None or (job.memory is None and memory > plenty):
         return None
     width, height = (round((side or config.image_size) * job.scale) for side in (job.width, job.height))
@@ -105,11 +106,11 @@ def fit(networks: Mapping[str, nn.Module], job: Job, program: int, dtype: torch.
     """
     assert job.memory is not None
     candidates = {
-        name: {weight: dtype.itemsize * size for weight, size in streamable(network).items()}
+        name: {weight: _bytes(name, dtype, job.int8) * size for weight, size in streamable(network).items()}
         for name, network in networks.items()
     }
     away: dict[str, dict[str, int]] = {name: {} for name in networks}
-    plan = Plan(job.memory, program, _weights(networks, dtype), _work(networks, job, dtype), away)
+    plan = Plan(job.memory, program, _weights(networks, dtype, job.int8), _work(networks, job, dtype), away)
     if plan.excess:
         plan = replace(plan, away=away | {"text": candidates["text"]})
     if plan.excess:
@@ -126,8 +127,17 @@ def _first(sizes: Mapping[str, int], least: float) -> dict[str, int]:
     return {name: size for (name, size), so_far in zip(sizes.items(), before, strict=False) if so_far < least}
 
 
-def _weights(networks: Mapping[str, nn.Module], dtype: torch.dtype) -> dict[str, int]:
-    return {name: dtype.itemsize * sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
+def _bytes(name: str, dtype: torch.dtype, int8: bool) -> int:
+    """Of each number of the weights that a network's layers have in memory."""
+    return 1 if int8 and name == "unet" else dtype.itemsize
+
+
+def _weights(networks: Mapping[str, nn.Module], dtype: torch.dtype, int8: bool) -> dict[str, int]:
+    sizes = {}
+    for name, network in networks.items():
+        layers, every = sum(streamable(network).values()), sum(p.numel() for p in network.parameters())
+        sizes[name] = _bytes(name, dtype, int8) * layers + dtype.itemsize * (every - layers)
+    return sizes
 
 
 @torch.no_grad()

@@ -31,7 +31,9 @@ class Streamed(nn.Parameter):
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Streamed:
-        return Streamed(self, self.read)
+        twin = Streamed.__new__(type(self), self, self.read)
+        twin.__dict__.update(self.__dict__)  # nobody writes into what it is read from
+        return twin
 
 
 def _value(weight: Tensor) -> Tensor:
