@@ -7,7 +7,8 @@ Prints a Markdown table: medians of the rounds after the first, their spread, an
 same settings of malloc; programs from their start have each their own. The weights are drawn once, as a diffusers
 folder in float16, and stay in --model for the next run. Needs diffusers, and Linux for /proc. The peers: diffusers is
 as it comes, in channels_last; compiled is that with fused projections, by torch.compile with freezing; openvino is its
-U-Net, converted. The row cost tells what a picture takes at several sizes and batches, here alone.
+U-Net, converted. In bfloat16 a step's error against float32 is told, too. The row picture is a whole process that draws
+one in 25 steps; cost tells what a picture takes at several sizes and batches, here alone.
 """
 
 from __future__ import annotations
@@ -25,31 +26,38 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.runtime import native
+from ldm.runtime import strips
 from ldm.runtime.memory import keep_freed
 
 Sides = dict[str, Callable[[], Any]]  # what is to be timed, by whose it is; ours comes first
 
-FIRST_STEP = {  # programs that end at their first finished step, and tell the peak of their memory
+LOADED = {  # the beginning of programs
     "ours": """
 import sys, ldm
 sd = ldm.StableDiffusion.load(sys.argv[1], dtype=sys.argv[2], device="cpu")
-next(sd.stream(ldm.Request("a red circle", steps=25, width=int(sys.argv[3]), height=int(sys.argv[3]), cfg_scale=7.5)))
+size = int(sys.argv[3])
+request = ldm.Request("a red circle", seed=0, steps=25, width=size, height=size, cfg_scale=7.5)
 """,
     "diffusers": """
-import os, sys, torch
+import sys, torch
 from diffusers import StableDiffusionPipeline
 pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=getattr(torch, sys.argv[2]))
 pipeline.unet.to(memory_format=torch.channels_last)
+request = dict(prompt="a red circle", num_inference_steps=25, height=int(sys.argv[3]), width=int(sys.argv[3]))
+""",
+}
+FIRST_STEP = {
+    "ours": "next(sd.stream(request))",
+    "diffusers": """
 class Stop(Exception): pass
 def stop(*args): raise Stop
 try:
-    size = int(sys.argv[3])
-    pipeline("a red circle", num_inference_steps=25, height=size, width=size, callback_on_step_end=stop)
+    pipeline(**request, callback_on_step_end=stop)
 except Stop:
     pass
 """,
 }
+PICTURE = {"ours": "sd.generate(request)", "diffusers": "pipeline(**request)"}
 PEAK = """
 import re
 print(re.findall(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[0])
@@ -89,7 +97,7 @@ class Line(NamedTuple):
         return f"| {self.what} | {self._told(self.ours)} | {self.peer} | {self._told(self.theirs)} | {ratio} |"
 
     def _told(self, values: Sequence[float]) -> str:
-        return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}) {self.unit}" if values else ""
+        return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g}) {self.unit}" if values else ""
 
 
 def by_turns(sides: Sides, rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
@@ -120,19 +128,22 @@ def step(args: argparse.Namespace) -> Iterator[Line]:
     for peer in args.peers:
         error = apart(answers["ours"], answers[peer])
         yield Line(f"U-Net step, guidance (apart by {error:.1e})", seconds["ours"], peer, seconds[peer])
+    if args.dtype != "float32":
+        del sides
+        exact = diffusers_step(argparse.Namespace(**vars(args) | {"dtype": "float32"}), torch.cat([x, x]), texts)()
+        errors = {side: apart(answer, exact) for side, answer in answers.items()}
+        for peer in args.peers:
+            yield Line("its error against float32", [errors["ours"]], peer, [errors[peer]], "")
 
 
 def guided_step(args: argparse.Namespace, x: Tensor, texts: Tensor) -> Callable[[], Tensor]:
     """Ours, as pictures are made: what both prompts of guidance have in common is computed once."""
-    from ldm.checkpoint.load import load_unet
-    from ldm.config import ScheduleConfig
-    from ldm.diffusion import NoiseSchedule
+    from ldm import StableDiffusion
     from ldm.sampling import Branch, Predictor
 
-    level = NoiseSchedule(ScheduleConfig()).level(500)
-    unet = load_unet(args.model, dtype=getattr(torch, args.dtype))
-    native.use_in(unet)
-    predictor = Predictor(unet, "epsilon", [level])
+    sd = StableDiffusion.load(args.model, dtype=args.dtype, device="cpu")
+    level = sd.schedule.level(500)
+    predictor = Predictor(sd.unet, "epsilon", [level])
     branches = [Branch(text) for text in texts.split(1)]
     return lambda: torch.cat([prediction.eps for prediction in predictor.together(x, level, branches)])
 
@@ -203,13 +214,11 @@ def decode(args: argparse.Namespace) -> Iterator[Line]:
     """From latents to pixels."""
     from diffusers import AutoencoderKL
 
-    from ldm.checkpoint.load import load_vae
-    from ldm.runtime import strips
+    from ldm import StableDiffusion
 
     dtype, side = getattr(torch, args.dtype), args.size // 8
     z = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).to(dtype)
-    vae = load_vae(args.model, dtype=dtype)
-    native.use_in(vae)
+    vae = StableDiffusion.load(args.model, dtype=dtype, device="cpu").vae
     theirs = AutoencoderKL.from_pretrained(args.model, subfolder="vae", torch_dtype=dtype)
     theirs = theirs.to(memory_format=torch.channels_last)
     sides = {"ours": lambda: strips.decode(vae, z), "diffusers": lambda: theirs.decode(z).sample}
@@ -221,16 +230,27 @@ def decode(args: argparse.Namespace) -> Iterator[Line]:
 
 def start(args: argparse.Namespace) -> Iterator[Line]:
     """From the start of a process to its first finished step, its files in the page cache."""
-    peaks: dict[str, list[float]] = {side: [] for side in FIRST_STEP}
+    return programs(args, "process start to first step", FIRST_STEP)
+
+
+def picture(args: argparse.Namespace) -> Iterator[Line]:
+    """From the start of a process to a picture of 25 steps."""
+    return programs(args, "process start to picture", PICTURE)
+
+
+def programs(args: argparse.Namespace, what: str, ends: dict[str, str]) -> Iterator[Line]:
+    """How long they take, and the most memory that each has had."""
+    peaks: dict[str, list[float]] = {side: [] for side in ends}
 
     def run(side: str) -> None:
-        command = [sys.executable, "-c", FIRST_STEP[side] + PEAK, str(args.model), args.dtype, str(args.size)]
+        source = LOADED[side] + ends[side] + PEAK
+        command = [sys.executable, "-c", source, str(args.model), args.dtype, str(args.size)]
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks[side].append(int(told) / 2**20)
 
-    seconds, _ = by_turns({side: lambda side=side: run(side) for side in FIRST_STEP}, args.rounds)
-    for what, values, unit in (("process start to first step", seconds, "s"), ("its peak memory", peaks, "GiB")):
-        yield Line(what, values["ours"], "diffusers", values["diffusers"], unit)
+    seconds, _ = by_turns({side: lambda side=side: run(side) for side in ends}, args.rounds)
+    for told, values, unit in ((what, seconds, "s"), ("its peak memory", peaks, "GiB")):
+        yield Line(told, values["ours"], "diffusers", values["diffusers"], unit)
 
 
 @torch.no_grad()
@@ -246,7 +266,7 @@ def cost(args: argparse.Namespace) -> Iterator[Line]:
 
 
 ROWS: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
-    "step": step, "decode": decode, "start": start, "cost": cost,
+    "step": step, "decode": decode, "start": start, "picture": picture, "cost": cost,
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from lora_files import lora, saved
+from PIL import Image
 from torch import nn
 
 from ldm import StableDiffusion
@@ -23,13 +25,15 @@ from ldm.runtime.streaming import Streamed, streamable
 
 @given(arrays(np.float32, array_shapes(min_dims=2, max_dims=4, max_side=5), elements=st.floats(-1e6, 1e6, width=32)))
 def test_weights_are_within_half_a_level(weight):
-    """Of 127 on each side of zero, in each row; the largest, and zeros, are exact."""
+    """Of 127 on each side of zero, in each row; the largest, and zeros, are exact; levels are normal numbers."""
     rows = torch.from_numpy(weight).flatten(1).double()
     held = Quantized(torch.from_numpy(weight)).read().flatten(1).double()
     largest = rows.abs().amax(dim=1, keepdim=True)
-    assert ((held - rows).abs() <= largest * (0.5 / 127 + 1e-6) + 1e-37).all()
+    level = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    assert ((held - rows).abs() <= level * 0.5001).all()
     assert (held[rows == 0] == 0).all()
-    assert torch.allclose(held.abs().amax(dim=1, keepdim=True), largest, rtol=1e-6, atol=1e-37)
+    kept = level > torch.finfo(torch.float32).tiny
+    assert torch.allclose(held.abs().amax(dim=1, keepdim=True)[kept], largest[kept], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -37,7 +41,6 @@ def test_layers_compute_with_what_is_read(dtype):
     for plain, x in [(nn.Linear(96, 64), torch.randn(3, 96)), (nn.Conv2d(48, 64, 3), torch.randn(1, 48, 6, 5))]:
         layer = copy.deepcopy(plain.to(dtype, memory_format=torch.channels_last))
         layer.weight = quantize(layer, layer.weight)
-        assert layer.weight.is_meta  # there is no second copy
         value = layer.weight.read()
         assert value.dtype == dtype
         assert 0 < relative_error(value, plain.weight) < 0.01
@@ -66,11 +69,13 @@ def test_a_model_is_a_little_off(shipped, small):
 
 
 def test_loras_come_and_go(sd, small, tmp_path):
+    """A weak one too, whose changes are less than what separates two levels."""
     path = saved(tmp_path, lora(sd))
     weights, before, plain = dict(small.unet.named_parameters()), eps(small), eps(sd)
-    with small.load_lora(path), sd.load_lora(path):
-        changes = eps(small) - before, eps(sd) - plain
-    assert 0 < relative_error(*changes) < 0.3
+    for strength in (1.0, 0.01):
+        with small.load_lora(path, strength), sd.load_lora(path, strength):
+            changes = eps(small) - before, eps(sd) - plain
+        assert relative_error(*changes) < 0.1
     assert all(now is weights[name] for name, now in small.unet.named_parameters())
     assert torch.equal(eps(small), before)
 
@@ -84,15 +89,31 @@ def test_plans_count_a_byte_each():
     assert {**plain.weights, "unet": 0} == {**small.weights, "unet": 0}
 
 
-def test_weights_that_stay_in_the_file_are_exact(shipped):
+def test_weights_that_stay_in_the_file_are_the_same(small):
     tight = StableDiffusion.load(device="cpu", dtype="float32", int8=True, memory=1 << 20)
     assert tight.plan.streamed["unet"]
-    assert torch.equal(tight.unet.middle[0].resnet.conv1.weight.read(), shipped.unet.middle[0].resnet.conv1.weight)
+    assert torch.equal(eps(tight), eps(small))
+
+
+def test_nothing_else_is_kept():
+    weight = torch.randn(64, 96)
+    base = weakref.ref(weight)
+    held = Quantized(weight)
+    del weight
+    assert base() is None
+    assert held.is_meta
 
 
 def test_the_flag(tmp_path, capsys):
-    for flags in ([], ["--int8"]):
-        assert main(["txt2img", "-p", "a red circle", "-s", "2", *SMALL, "--outdir", str(tmp_path), *flags]) == 0
-    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 2
-    assert main(["plan", "--int8", "--memory", "4G"]) == 0
-    assert "guidance" in capsys.readouterr().out
+    pictures, planned = set(), []
+    for number, flags in enumerate(([], ["--int8"], ["--int8"])):
+        out = tmp_path / str(number)
+        call = ["txt2img", "-p", "a red circle", "--seed", "3", "-s", "2", *SMALL, "--outdir", str(out), *flags]
+        assert main(call) == 0
+        pictures.add(Image.open(next(out.iterdir())).tobytes())
+        capsys.readouterr()
+        assert main(["plan", "--memory", "4G", *flags]) == 0
+        [row] = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("U-Net")]
+        planned.append(int(row[1]))
+    assert len(pictures) == 2
+    assert planned[0] > 3 * planned[1] > 0

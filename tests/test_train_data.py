@@ -105,12 +105,13 @@ def test_shapes_are_scenes_of_the_world():
 def test_shapes_of_some_kinds():
     kinds = ("inside", "one", "two")
     examples = open_examples("shapes", seed=3, kinds=kinds, count=6, side=32)
-    for index, example in enumerate(examples):
-        scene = draw_scene(3, index, "train", kinds[index % 3])
-        assert example.image.tobytes() == scene.draw(32).tobytes()
-        assert (len(scene.things), scene.relation == "inside") in ((2, True), (1, False), (2, False))
-        assert (scene.relation == "inside") >= (index % 3 == 0)
-        assert examples.version(index) != open_examples("shapes", seed=3, count=6).version(index)
+    scenes = [draw_scene(3, index, "train", kinds[index % 3]) for index in range(6)]
+    assert [example.image.tobytes() for example in examples] == [scene.draw(32).tobytes() for scene in scenes]
+    assert [len(scene.things) for scene in scenes] == [2, 1, 2] * 2
+    assert scenes[0].relation == scenes[3].relation == "inside"
+    assert all(examples.version(i) != open_examples("shapes", seed=3, count=6).version(i) for i in range(6))
+    with pytest.raises(RequestError, match="'four' is no kind of scene"):
+        open_examples("shapes", kinds=["four"], count=6)
 
 
 @pytest.mark.parametrize("options", [{}, {"count": 0}, {"count": 4, "side": 0}, {"count": 4, "side": 8193}])

@@ -28,7 +28,7 @@ from ldm.runtime import native
 from ldm.runtime.memory import keep_freed
 from ldm.runtime.packing import can_pack, pack
 from ldm.runtime.plan import Job, Plan, make_plan
-from ldm.runtime.quantization import quantize
+from ldm.runtime.quantization import quantize, rounded
 from ldm.runtime.streaming import Streamed, stream, streamable
 
 Device = torch.device | str
@@ -204,7 +204,8 @@ def fill(
         if not allow_nonfinite and not is_finite(tensor):
             nonfinite.append(name)
         if ours in away:
-            tensor = Streamed(tensor, partial(read, copy=True))
+            again = partial(read, copy=True)
+            tensor = Streamed(tensor, partial(rounded, again) if hold is quantize else again)
             stream(network.get_submodule(ours.removesuffix(".weight")))
             release(part.tensors[name])
         elif hold and ours in layers:

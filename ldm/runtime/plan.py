@@ -144,8 +144,8 @@ def _weights(networks: Mapping[str, nn.Module], dtype: torch.dtype, int8: bool) 
 def _work(networks: Mapping[str, nn.Module], job: Job, dtype: torch.dtype, apart: bool = False) -> dict[str, int]:
     """What the stages take beside the weights that stay.
 
-    A layer's weight may be there three times: in the file, on its way from there, and in the layout that oneDNN has
-    for it.
+    A layer's weight may be there three times: in the file, or eight bits, on its way from there, and in the layout that
+    oneDNN has for it. On its way from eight bits to sixteen it is in float32.
     """
     unet, vae = networks["unet"], networks["vae"]
     assert isinstance(unet, UNet)
@@ -155,13 +155,14 @@ def _work(networks: Mapping[str, nn.Module], job: Job, dtype: torch.dtype, apart
     height, width = (max(side // vae.config.downsampling, 1) for side in (job.height, job.width))
     edits = unet.config.in_channels == 2 * vae.config.latent_channels  # the picture is seen, and not, and no prompt
     prompts = 1 if apart else 3 if edits else 2
+    copies = 3 if job.int8 and dtype.itemsize < 4 else 2
     with torch.device("meta"):
         x = torch.empty(job.batch_size * (prompts if edits else 1), unet.config.in_channels, height, width)
         context = torch.empty(prompts * job.batch_size, 77, unet.config.context_dim)
         shifts, keys_values = unet.embed_time(torch.empty(1)), unet.embed_context(context)
         latent = torch.empty(1, vae.config.latent_channels, height, width)
         taken = {
-            "a step": footprint(lambda: unet.predict(x, shifts, keys_values)) + 2 * _largest(unet),
+            "a step": footprint(lambda: unet.predict(x, shifts, keys_values)) + copies * _largest(unet),
             "decoding": footprint(lambda: strips.decode(vae, latent)) + 2 * _largest(vae),
         }
     return {stage: size * dtype.itemsize // 4 for stage, size in taken.items()}

@@ -16,7 +16,7 @@ from ldm.runtime.packing import ONEDNN
 
 AXES: dict[str, tuple[int, ...]] = {"none": (), "both": (-1, -2), "x": (-1,), "y": (-2,)}  # of a b c h w tensor
 
-PADDING = {F.conv2d: 4, ONEDNN._convolution_pointwise: 3}  # its place among a convolution's arguments
+PADDING = {F.conv2d: 4, getattr(ONEDNN, "_convolution_pointwise", None): 3}  # its place among a convolution's arguments
 
 
 def seamless(tiling: str) -> AbstractContextManager[object]:

@@ -23,7 +23,7 @@ from PIL.ExifTags import Base as Tag
 from ldm.checkpoint.files import parse_json
 from ldm.errors import CheckpointError, ImageError, RequestError, printable
 from ldm.images import FORMATS, load_image, open_header
-from ldm.train.shapes import SIDES, Scene, draw_scene
+from ldm.train.shapes import LAYOUTS, SIDES, Scene, draw_scene
 from ldm.train.shards import (
     METADATA,
     MOST_CAPTION_BYTES,
@@ -136,6 +136,8 @@ class Shapes:
                 f"shapes: expected a count of scenes (1 or more) and a side of {SIDES[0]} to {SIDES[-1]} pixels, "
                 f"got {count} and {side}"
             )
+        if unknown := [kind for kind in kinds if kind not in LAYOUTS]:
+            raise RequestError(f"shapes: {unknown[0]!r:.50} is no kind of scene: use one of {', '.join(LAYOUTS)}")
         self.seed, self.count, self.side, self.kinds = seed, count, side, kinds
         self.broken: dict[str, str] = {}
 
