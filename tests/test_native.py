@@ -271,7 +271,7 @@ def test_the_cache(tmp_path):
 def test_kernels_that_crash_are_not_used(tmp_path, monkeypatch):
     """Whatever the check prints before it dies is what is trusted."""
     source = tmp_path / "kernels.cpp"
-    broken = native.SOURCE.read_text().replace("void allow_tiles() {", "void allow_tiles() { __builtin_trap();")
+    broken = native.SOURCE.read_text().replace("int allow_tiles() {", "int allow_tiles() { __builtin_trap();")
     source.write_text(broken)
     monkeypatch.setattr(native, "SOURCE", source)
     monkeypatch.setattr(native, "LOADED", {})

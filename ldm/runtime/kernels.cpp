@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AMX_BF16__) && !defined(PLAY_AMX)
 #define HAVE_AMX
@@ -291,7 +292,7 @@ template <class T> struct Attention : Tiles<T> {
     T *packed_keys = space, *packed_values = space + pairs * key_room();
 #pragma omp parallel num_threads(threads)
     {
-      [[maybe_unused]] TileSetup setup;
+      [[maybe_unused]] std::conditional_t<std::is_same_v<T, bf16>, TileSetup, int> setup{};
 #pragma omp for schedule(static)
       for (int64_t p = 0; p < pairs; p++) {
         const int64_t b = p / s.heads, h = p % s.heads;
@@ -396,10 +397,12 @@ ATTENTION(float32, float)
 ATTENTION(bfloat16, bf16)
 #endif
 
-// Linux (5.16) gives AMX's tiles to processes that ask for them; where it does not, the check of the kernels fails.
-void allow_tiles() {
+// Linux (5.16) gives AMX's tiles to processes that ask for them; tells whether this one has them, or needs none.
+int allow_tiles() {
 #if defined(HAVE_AMX) && !defined(PLAY_AMX)
-  syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+#else
+  return 1;
 #endif
 }
 }

@@ -145,7 +145,7 @@ def _work(networks: Mapping[str, nn.Module], job: Job, dtype: torch.dtype, apart
     """What the stages take beside the weights that stay.
 
     A layer's weight may be there three times: in the file, or eight bits, on its way from there, and in the layout that
-    oneDNN has for it. On its way from eight bits to sixteen it is in float32.
+    oneDNN has for it; on its way from eight bits, to sixteen by way of float32, once more.
     """
     unet, vae = networks["unet"], networks["vae"]
     assert isinstance(unet, UNet)
@@ -155,7 +155,7 @@ def _work(networks: Mapping[str, nn.Module], job: Job, dtype: torch.dtype, apart
     height, width = (max(side // vae.config.downsampling, 1) for side in (job.height, job.width))
     edits = unet.config.in_channels == 2 * vae.config.latent_channels  # the picture is seen, and not, and no prompt
     prompts = 1 if apart else 3 if edits else 2
-    copies = 3 if job.int8 and dtype.itemsize < 4 else 2
+    copies = 3 if job.int8 else 2
     with torch.device("meta"):
         x = torch.empty(job.batch_size * (prompts if edits else 1), unet.config.in_channels, height, width)
         context = torch.empty(prompts * job.batch_size, 77, unet.config.context_dim)
