@@ -112,7 +112,7 @@ def test_the_flag(tmp_path, capsys):
         assert main(call) == 0
         pictures.add(Image.open(next(out.iterdir())).tobytes())
         capsys.readouterr()
-        assert main(["plan", "--memory", "4G", *flags]) == 0
+        assert main(["plan", "--memory", "99G", *flags]) == 0  # more than this process has taken
         [row] = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("U-Net")]
         planned.append(int(row[1]))
     assert len(pictures) == 2
