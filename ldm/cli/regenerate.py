@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
         "regenerate",
         help="make a picture again from its metadata",
         description="Make a picture again, from the request that IMAGE carries: a PNG, JPEG or WebP of this program's, "
-        "AUTOMATIC1111's, ComfyUI's or InvokeAI's.",
+        "AUTOMATIC1111's, ComfyUI's or InvokeAI's. Flags of the model, such as --int8, have to be given again.",
         allow_abbrev=False,
     )
     parser.add_argument("image", type=Path, metavar="IMAGE", help="the picture to make again")

@@ -94,7 +94,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(_value(get_args(kind)[0], each, where) for each in value)
     if get_origin(kind) is tuple:
-        raise RequestError(f"{where} is {value!r:.50}: use a list, such as [1, 2]")
+        raise RequestError(f"{where} is {value!r:.50}: use a list, in [ ]")
     alternatives = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     if float in alternatives and type(value) is int:
         return float(value)
