@@ -70,13 +70,16 @@ def load_model(
     plan = None
     if job:
         plan = make_plan(networks, config, job, torch.device(device), dtype)
-        keep_freed(plan is None or not plan.tight)
+        keeps = plan is None or not plan.tight
+        keep_freed(keeps and not job.int8)  # or what weights were, on their way to eight bits, would be kept
         if plan:
             plan.report()
     hold = {"unet": _holder(job, torch.device(device), dtype)}
     for name, network in networks.items():
         part, away = checkpoint.part(name), plan.away[name] if plan else ()
         fill(network, part, getattr(config, name), device, dtype, allow_nonfinite, away, hold.get(name))
+    if job:
+        keep_freed(keeps)
     return Model(**networks, config=config, plan=plan)
 
 
