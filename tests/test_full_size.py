@@ -248,7 +248,7 @@ SMALL = """
 import json, sys
 from pathlib import Path
 from ldm import Request, StableDiffusion
-sd = StableDiffusion.load(sys.argv[1], device="cpu", dtype="float32", memory="2G")
+sd = StableDiffusion.load(sys.argv[1], device="cpu", dtype="float32", memory=sys.argv[2], int8=sys.argv[3] == "int8")
 step = next(sd.stream(Request("a red circle", seed=1, width=512, height=512)))
 sd.decode(step.x)
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -257,12 +257,14 @@ print(json.dumps([sd.plan.peak, int(peak.split()[1]) * 1024]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_what_the_plan_told(full_size_fp16):
-    """4.2 GB of weights in float32, a step at 512×512 with guidance, and decoding, in a process of 2 GiB."""
+@pytest.mark.parametrize(("memory", "kept"), [(2, "whole"), (3, "int8")])
+def test_memory_is_what_the_plan_told(full_size_fp16, memory, kept):
+    """4.2 GB of weights in float32, a step at 512×512 with guidance, and decoding, in a process of so many GiB."""
     told = subprocess.run(
-        [sys.executable, "-c", SMALL, str(full_size_fp16)], check=True, capture_output=True, text=True
-    ).stdout
+        [sys.executable, "-c", SMALL, str(full_size_fp16), f"{memory}G", kept],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
     planned, measured = json.loads(told)
-    MEASURED.append(f"peak at 512×512 in float32 with 2G: {measured >> 20} MiB, planned {planned >> 20}")
-    assert measured < 2 << 30
+    MEASURED.append(f"peak at 512×512 in float32 with {memory}G, {kept}: {measured >> 20} MiB, planned {planned >> 20}")
+    assert measured < memory << 30
     assert 0.8 * measured <= planned <= 1.25 * measured  # closer where it was measured; oneDNN differs by the CPU
