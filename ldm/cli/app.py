@@ -36,6 +36,7 @@ class BesideBars(logging.Handler):
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of `ldm`, with all its commands; each sets `run` to what carries it out."""
     parser = Parser(prog="ldm", description="Stable Diffusion v1.x on your own machine.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ldm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

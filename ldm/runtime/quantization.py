@@ -8,20 +8,17 @@ added to that weight then, because rounded with it they would be lost.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ldm.runtime.streaming import Streamed, stream
 
-Self = TypeVar("Self", bound="Quantized")
-
 
 class Quantized(Streamed):
     """A weight in int8, and nowhere else; `read` answers with what that stands for."""
 
-    def __new__(cls: type[Self], weight: Tensor) -> Self:
+    def __new__(cls, weight: Tensor) -> Quantized:
         exact, dtype = weight.detach().float(), weight.dtype
         scale = exact.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True) / 127
         scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # of rows of zeros
