@@ -17,6 +17,7 @@ from ldm.diffusion.prediction import PREDICTION_TYPES
 from ldm.errors import RequestError
 from ldm.models.unet import KeyValue, UNet
 from ldm.request import Request
+from ldm.runtime.device import send
 from ldm.runtime.memory import first_that_fits
 from ldm.runtime.merging import merging
 from ldm.runtime.tiling import seamless
@@ -59,7 +60,7 @@ class Predictor:
 
     @torch.no_grad()
     def _embed(self, times: Sequence[float]) -> list[tuple[Tensor, ...]]:
-        shifts = self.unet.embed_time(torch.tensor(times, device=self.device))
+        shifts = self.unet.embed_time(send(torch.tensor(times), self.device))
         return list(zip(*(shift.split(1) for shift in shifts), strict=True))
 
     def _shifts_at(self, t: float) -> tuple[Tensor, ...]:

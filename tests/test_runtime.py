@@ -1,8 +1,16 @@
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldm import Request
+from ldm.canvas import Fitted
+from ldm.diffusion import samplers
 from ldm.errors import RequestError
 from ldm.runtime import device as devices
 from ldm.runtime.memory import first_that_fits
@@ -99,3 +107,43 @@ def test_dtypes(monkeypatch):
     assert devices.pick_dtype(torch.float16, CPU) == torch.float16
     with pytest.raises(RequestError, match="dtype is 'int8': use auto or one of float32"):
         devices.pick_dtype("int8", CPU)
+
+
+def _on_cpu(value) -> bool:
+    return isinstance(value, Tensor) and value.device == CPU
+
+
+class Sent(TorchDispatchMode):
+    """Collects the shapes of what goes from the CPU to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.device != CPU and any(_on_cpu(each) for each in args):
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("sampler", samplers.NAMES)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"guidance_rescale": 0.7, "dynamic_threshold": 0.9}, {"deep_cache": 2, "token_merging": 0.5}],
+    ids=str,
+)
+def test_a_gpu_is_never_waited_for(shipped, sampler, fields):
+    """`meta` stands in for it, whose tensors nobody can look into: reading a number of one is an error."""
+    gpu = torch.device("meta")
+    engine = replace(shipped._engine, unet=copy.deepcopy(shipped.unet).to(gpu), device=gpu)
+    request = shipped.resolve(Request("a red circle", sampler=sampler, steps=4, seed=0, **fields))
+    walk = engine.walk(request, Fitted(None))
+    first = next(walk)
+    assert first.x.device == gpu
+    with Sent() as sent:
+        assert len(list(walk)) == len(shipped.levels(request)) - 2
+    method = samplers.SAMPLERS[sampler]
+    noise = {tuple(first.x.shape)} if method.eta or sampler in ("ddpm", "lcm") else set()
+    timestep = {(1,)} if method.between else set()  # one that is not of the grid
+    assert set(sent.shapes) <= noise | timestep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ldm.config import DTYPES
 from ldm.errors import RequestError
@@ -38,3 +39,8 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 def cpu_computes_bfloat16() -> bool:
     """Whether there are instructions for it (AVX512-BF16 or AMX), not just a slow emulation."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU's tensor on a device: an NVIDIA GPU gets it when it comes to it, and the CPU does not wait for that."""
+    return tensor.to(device, non_blocking=device.type == "cuda")  # on MPS its memory could be reused too early

@@ -32,8 +32,9 @@ class Matching:
 
     def __init__(self, x: Tensor, height: int, width: int, share: float):
         """x: tokens (b, height·width, c)."""
-        kept = (torch.arange(height)[:, None] % 2 + torch.arange(width) % 2 == 0).flatten()  # also of a cut-off 2×2
-        self.destinations, sources = (each.nonzero()[:, 0].to(x.device) for each in (kept, ~kept))
+        rows, columns = (torch.arange(side, device=x.device) % 2 for side in (height, width))
+        order = (rows[:, None] + columns > 0).flatten().int().argsort(stable=True)  # no nonzero, which a GPU waits for
+        self.destinations, sources = order.tensor_split([-(-height // 2) * -(-width // 2)])  # also of a cut-off 2×2
         x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
         similarity, best = (x[:, sources] @ x[:, self.destinations].mT).max(dim=-1)
         ranking = similarity.argsort(dim=-1, descending=True, stable=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.diffusion import Increment, Level, Noise
 from ldm.errors import RequestError
+from ldm.runtime.device import send
 
 NO_SINE = 1e-3  # of the angle between directions too close to each other, or to opposites, for slerp in float32
 
@@ -47,7 +48,7 @@ def seeded_noise(
         yield from stream
 
     images = [draws(*pair) for pair in zip(seeds, variation_seeds or seeds, strict=True)]
-    return lambda: torch.stack([next(image) for image in images]).to(device)
+    return lambda: send(torch.stack([next(image) for image in images]), device)
 
 
 def _cpu(seed: int, shape: Sequence[int]) -> Iterator[Tensor]:
@@ -138,6 +139,6 @@ def brownian_noise(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of ends that the tree has rounded
             moved = torch.stack([path(low, high) for path in paths]) / math.sqrt(high - low)
-        return (moved if start <= end else -moved).to(device)
+        return send(moved if start <= end else -moved, device)
 
     return increment
