@@ -20,6 +20,7 @@ from ldm.request import Request
 from ldm.runtime.device import send
 from ldm.runtime.memory import first_that_fits
 from ldm.runtime.merging import merging
+from ldm.runtime.streaming import offload
 from ldm.runtime.tiling import seamless
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,11 @@ class Predictor:
         """The same, from an evaluation each."""
         return [self.together(x, level, [branch], step)[0] for branch in branches]
 
+    def offloaded(self, x: Tensor, level: Level, branches: Sequence[Branch], step: int = 0) -> list[Prediction]:
+        """The same, by weights that are not on the GPU from now on but while their layer runs."""
+        offload(self.unet)
+        return self.apart(x, level, branches, step)
+
 
 def _with_channels(x: Tensor, beside: Tensor | None) -> Tensor:
     return x if beside is None else torch.cat([x, beside.expand(len(x), -1, -1, -1)], dim=1)
@@ -144,8 +150,10 @@ def guided(
 
     apart: whether to begin with an evaluation for each prompt, and not only where memory is short for one of all.
     """
-    plans = {"guidance in one evaluation": predictor.together, "guidance in several": predictor.apart}
-    ask = predictor.apart if apart else first_that_fits(plans)
+    ways = {"guidance in one evaluation": predictor.together, "guidance in several": predictor.apart}
+    if predictor.device.type != "cpu":
+        ways["the U-Net in main memory"] = predictor.offloaded
+    ask = first_that_fits(dict(list(ways.items())[apart:]))
     visited, cfg_scale = levels[:-1], request.cfg_scale
     assert cfg_scale is not None
     unseen = None if conditions.beside is None else torch.zeros_like(conditions.beside)

@@ -26,7 +26,7 @@ from ldm.runtime import strips
 from ldm.runtime.footprint import footprint
 from ldm.runtime.memory import keep_freed, parse_memory
 from ldm.runtime.plan import MIB, Job, Plan, fit
-from ldm.runtime.streaming import Streamed, stream, streamable
+from ldm.runtime.streaming import Streamed, offload, stream, streamable
 from ldm.runtime.tiling import seamless
 
 
@@ -155,6 +155,29 @@ def test_loras_change_streamed_weights(sd, streamed, tmp_path):
             handle.remove()
     assert all(now is weights[name] for name, now in streamed.unet.named_parameters())
     assert np.array_equal(pictures()[0], plain)
+
+
+def test_weights_leave_a_gpu_for_main_memory(sd, tmp_path):
+    """Before a LoRA comes, and while one is there; here both are the same memory."""
+    request = Request("a red circle", seed=3, steps=3, cfg_scale=3)
+    path = saved(tmp_path, lora(sd))
+
+    def picture() -> np.ndarray:
+        return np.asarray(sd.generate(request)[0]).astype(int)
+
+    plain = picture()
+    with sd.load_lora(path):
+        changed = picture()
+        offload(sd.unet)
+        assert all(isinstance(sd.unet.get_parameter(name), Streamed) for name in streamable(sd.unet))
+        assert np.array_equal(picture(), changed)
+    assert np.array_equal(picture(), plain)
+    with sd.load_lora(path):
+        assert np.array_equal(picture(), changed)
+    assert np.array_equal(picture(), plain)
+    weights = dict(sd.unet.named_parameters())
+    offload(sd.unet)
+    assert all(now is weights[name] for name, now in sd.unet.named_parameters())
 
 
 @pytest.fixture(scope="module")

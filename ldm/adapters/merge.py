@@ -101,7 +101,7 @@ class Adapters:
         now = self._now(parameter)
         kept = self._originals.get(parameter)
         if isinstance(now, Streamed):
-            original = kept = now if kept is None else kept
+            original = kept = _streamed(now if kept is None else kept, now)
         elif kept is not None:
             moved = kept.to(now.device, now.dtype)  # itself, on a CPU
             original = kept if moved is kept else _like(kept, moved)
@@ -132,6 +132,11 @@ def _merged(original: Tensor, parameter: Parameter, doses: Sequence[Dose]) -> Te
             f"{names}: {'.'.join(parameter)} overflows {str(merged.dtype)[6:]}; use less strength, or float32"
         )
     return merged
+
+
+def _streamed(kept: nn.Parameter, now: Streamed) -> nn.Parameter:
+    """The original of a weight that is streamed now, and may have been in memory when it was changed."""
+    return kept if isinstance(kept, Streamed) else now.changed(lambda weight: kept.to(weight))
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:

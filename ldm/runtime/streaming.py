@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ldm.runtime.device import send
 
 LEAST = 1 << 12  # numbers in a weight that is worth it: those of layers hold nearly all of a network's
 
@@ -56,6 +59,15 @@ STREAMING: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Conv2
 def stream(layer: nn.Module) -> None:
     """Let a layer that is called, and whose weight nobody else looks into, have one that is `Streamed`, or not."""
     layer.__class__ = STREAMING[type(layer)]
+
+
+def offload(network: nn.Module) -> None:
+    """Keep in main memory what weights of layers a GPU has, to send each when its layer runs."""
+    for name in streamable(network):
+        layer, weight = network.get_submodule(name.removesuffix(".weight")), network.get_parameter(name)
+        if not isinstance(weight, Streamed):
+            stream(layer)
+            layer.weight = Streamed(weight, partial(send, weight.detach().cpu(), weight.device))
 
 
 def streamable(network: nn.Module) -> dict[str, int]:
