@@ -39,18 +39,19 @@ class Streamed(nn.Parameter):
         return twin
 
 
-def _value(weight: Tensor) -> Tensor:
+def value_of(weight: Tensor) -> Tensor:
+    """What a layer is to compute with."""
     return weight.read() if isinstance(weight, Streamed) else weight
 
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, _value(self.weight), self.bias)
+        return F.linear(x, value_of(self.weight), self.bias)
 
 
 class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, _value(self.weight), self.bias)
+        return self._conv_forward(x, value_of(self.weight), self.bias)
 
 
 STREAMING: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}

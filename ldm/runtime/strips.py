@@ -62,7 +62,14 @@ def _res_block(block: ResBlock, x: Tensor) -> Tensor:
 
 
 def _upsample(layer: Upsample, x: Tensor) -> Tensor:
-    return _whole(_convolved(layer.conv, _enlarged(x)))
+    height, width = x.shape[-2:]
+
+    def read(start: int, stop: int) -> Tensor:
+        first = max(start // 2 - 1, 0)
+        made = layer.doubled(layer.conv, x[..., first : (stop + 1) // 2 + 1, :])
+        return made[..., start - 2 * first : stop - 2 * first, :]
+
+    return _whole(Rows(2 * height, 2 * width, read))
 
 
 def _downsample(layer: Downsample, x: Tensor) -> Tensor:
@@ -78,15 +85,6 @@ STRIPWISE: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
 
 def _of(x: Tensor) -> Rows:
     return Rows(x.shape[-2], x.shape[-1], lambda start, stop: x[..., start:stop, :])
-
-
-def _enlarged(x: Tensor) -> Rows:
-    def read(start: int, stop: int) -> Tensor:
-        first = start // 2
-        enlarged = F.interpolate(x[..., first : (stop + 1) // 2, :], scale_factor=2.0)
-        return enlarged[..., start - 2 * first : stop - 2 * first, :]
-
-    return Rows(2 * x.shape[-2], 2 * x.shape[-1], read)
 
 
 def _activated(norm: GroupNorm, x: Tensor) -> Rows:
