@@ -1,14 +1,15 @@
 """How long Stable Diffusion v1 takes here and elsewhere: the same random weights and inputs, by turns, in one run.
 
     python benchmarks/inference.py [--dtype float32] [--size 512] [--rounds 3] [--rows step decode start]
-                                   [--peers diffusers compiled openvino]
+                                   [--peers diffusers compiled openvino stable-diffusion.cpp]
 
 Prints a Markdown table: medians of the rounds after the first, their spread, and the ratio. Steps and decodes have the
 same settings of malloc; programs from their start have each their own. The weights are drawn once, as a diffusers
 folder in float16, and stay in --model for the next run. Needs diffusers, and Linux for /proc. The peers: diffusers is
 as it comes, in channels_last; compiled is that with fused projections, by torch.compile with freezing; openvino is its
-U-Net, converted. In bfloat16 a step's error against float32 is told, too. The row picture is a whole process that draws
-one in 25 steps; cost tells what a picture takes at several sizes and batches, here alone.
+U-Net, converted; stable-diffusion.cpp is what stable-diffusion-cpp-python builds on this machine, with flash attention,
+of a single file in float16, on its own noise. In bfloat16 a step's error against float32 is told, too. The row picture
+is a whole process that draws one in 25 steps; cost tells what a picture takes at several sizes and batches, here alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -126,14 +128,15 @@ def step(args: argparse.Namespace) -> Iterator[Line]:
     best = min(seconds["ours"])
     yield Line(f"share of the rate of matrix products, {share_of_products(args, best):.0%}", seconds["ours"])
     for peer in args.peers:
-        error = apart(answers["ours"], answers[peer])
-        yield Line(f"U-Net step, guidance (apart by {error:.1e})", seconds["ours"], peer, seconds[peer])
+        told = "" if answers[peer] is None else f" (apart by {apart(answers['ours'], answers[peer]):.1e})"
+        yield Line(f"U-Net step, guidance{told}", seconds["ours"], peer, seconds[peer])
     if args.dtype != "float32":
         del sides
         exact = diffusers_step(argparse.Namespace(**vars(args) | {"dtype": "float32"}), torch.cat([x, x]), texts)()
-        errors = {side: apart(answer, exact) for side, answer in answers.items()}
-        for peer in args.peers:
-            yield Line("its error against float32", [errors["ours"]], peer, [errors[peer]], "")
+        errors = {side: apart(answer, exact) for side, answer in answers.items() if answer is not None}
+        ours = errors.pop("ours")
+        for peer, error in errors.items():
+            yield Line("its error against float32", [ours], peer, [error], "")
 
 
 def guided_step(args: argparse.Namespace, x: Tensor, texts: Tensor) -> Callable[[], Tensor]:
@@ -189,7 +192,37 @@ def openvino_step(args: argparse.Namespace, x: Tensor, states: Tensor) -> Callab
     return lambda: torch.from_numpy(run([each.numpy() for each in example])[0])
 
 
-UNETS = {"diffusers": diffusers_step, "compiled": compiled_step, "openvino": openvino_step}
+def cpp_step(args: argparse.Namespace, x: Tensor, states: Tensor) -> Callable[[], None]:
+    """A step of a picture that it makes in a thread, which waits after each for the next to be asked for."""
+    from stable_diffusion_cpp import StableDiffusion
+
+    file = args.model.with_suffix(".safetensors")
+    if not file.exists():
+        subprocess.run([sys.executable, "-m", "ldm", "convert", str(args.model), str(file)], check=True)
+    sd = StableDiffusion(str(file), n_threads=torch.get_num_threads(), diffusion_flash_attn=True, verbose=False)
+    sd.verbose = True  # or it would take our stdout away, too, while its thread waits
+    asked, done = threading.Semaphore(0), threading.Semaphore(0)
+
+    def wait(step: int, steps: int, seconds: float) -> None:
+        done.release()
+        asked.acquire()
+
+    fields = {"width": args.size, "height": args.size, "sample_method": "euler", "sample_steps": args.rounds + 3}
+    threading.Thread(
+        target=sd.generate_image, args=("",), kwargs=fields | {"progress_callback": wait}, daemon=True
+    ).start()
+    done.acquire()
+
+    def run() -> None:
+        asked.release()
+        done.acquire()
+
+    return run
+
+
+UNETS = {
+    "diffusers": diffusers_step, "compiled": compiled_step, "openvino": openvino_step, "stable-diffusion.cpp": cpp_step,
+}  # fmt: skip
 
 
 def share_of_products(args: argparse.Namespace, seconds: float) -> float:
