@@ -99,6 +99,7 @@ def _convolved(conv: nn.Conv2d, rows: Rows, padding: tuple[int, int] = (1, 1)) -
     """By a 3×3 convolution of a map that is enlarged by `padding` zeros, those before it and those behind it."""
     before, behind = padding
     stride = conv.stride[0]
+    sides = before if before == behind else 0  # that the convolution adds by itself, without a copy
 
     def size(side: int) -> int:
         return (side + before + behind - 3) // stride + 1
@@ -106,8 +107,10 @@ def _convolved(conv: nn.Conv2d, rows: Rows, padding: tuple[int, int] = (1, 1)) -
     def read(start: int, stop: int) -> Tensor:
         first, last = start * stride - before, (stop - 1) * stride - before + 3
         seen = rows.read(max(first, 0), min(last, rows.height))
-        seen = F.pad(seen, (before, behind, max(-first, 0), max(last - rows.height, 0)))
-        return F.conv2d(seen, conv.weight, conv.bias, conv.stride, (0, 0), conv.dilation, conv.groups)
+        missing = before - sides, behind - sides, max(-first, 0), max(last - rows.height, 0)
+        if any(missing):
+            seen = F.pad(seen, missing)
+        return F.conv2d(seen, conv.weight, conv.bias, conv.stride, (0, sides), conv.dilation, conv.groups)
 
     return Rows(size(rows.height), size(rows.width), read)
 
