@@ -201,21 +201,29 @@ def cpp_step(args: argparse.Namespace, x: Tensor, states: Tensor) -> Callable[[]
         subprocess.run([sys.executable, "-m", "ldm", "convert", str(args.model), str(file)], check=True)
     sd = StableDiffusion(str(file), n_threads=torch.get_num_threads(), diffusion_flash_attn=True, verbose=False)
     sd.verbose = True  # or it would take our stdout away, too, while its thread waits
-    asked, done = threading.Semaphore(0), threading.Semaphore(0)
+    asked, done, ended = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
 
     def wait(step: int, steps: int, seconds: float) -> None:
         done.release()
         asked.acquire()
 
-    fields = {"width": args.size, "height": args.size, "sample_method": "euler", "sample_steps": args.rounds + 3}
-    threading.Thread(
-        target=sd.generate_image, args=("",), kwargs=fields | {"progress_callback": wait}, daemon=True
-    ).start()
+    def draw() -> None:
+        steps = args.rounds + 3  # more than are asked for
+        fields = {"width": args.size, "height": args.size, "sample_method": "euler", "sample_steps": steps}
+        try:
+            sd.generate_image("", **fields, progress_callback=wait)
+        finally:
+            ended.set()
+            done.release()
+
+    threading.Thread(target=draw, daemon=True).start()
     done.acquire()
 
     def run() -> None:
         asked.release()
         done.acquire()
+        if ended.is_set():
+            raise RuntimeError("stable-diffusion.cpp stopped: what it says is above")
 
     return run
 

@@ -40,6 +40,7 @@ class Engine:
     config: ModelConfig
     device: torch.device
     apart: bool = False  # whether guidance takes an evaluation for each prompt, which takes less memory
+    may_offload: bool = False  # whether the U-Net may leave a GPU that is full
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -96,7 +97,7 @@ class Engine:
             deep_cache=request.deep_cache, token_merging=request.token_merging,
         )  # fmt: skip
         conditions = self._conditions(request, fitted, mask, done)
-        denoise = guided(predictor, conditions, request, levels, self.apart)
+        denoise = guided(predictor, conditions, request, levels, self.apart, self.may_offload)
         if mask is not None and latents is not None and not self.config.inpaints:
             denoise = keep_known(denoise, latents, mask)
         increment = self._brownian(request) if request.brownian else None

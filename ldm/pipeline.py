@@ -71,6 +71,7 @@ class StableDiffusion:
     taesd: TAESD | None = field(default=None, repr=False)  # decodes previews, where there is one,
     taesd_finals: bool = False  # and the pictures themselves
     plan: Plan | None = field(default=None, repr=False)  # by which the networks are in memory
+    may_offload: bool = field(default=False, repr=False)  # the U-Net from a GPU that is full: not while it is learning
 
     @classmethod
     def load(
@@ -129,7 +130,7 @@ class StableDiffusion:
         small = None if taesd is None else load_taesd(taesd).to(where)
         return cls(
             model.unet, model.vae, model.text, model.config, name, where, precision, tuple(map(Path, folders)),
-            find_preview(path, model.config.vae), small, taesd_finals, model.plan,
+            find_preview(path, model.config.vae), small, taesd_finals, model.plan, may_offload=True,
         )  # fmt: skip
 
     def txt2img(self, prompt: str, **fields: Any) -> list[Image.Image]:
@@ -369,6 +370,5 @@ class StableDiffusion:
 
     @cached_property
     def _engine(self) -> Engine:
-        return Engine(
-            self.unet, self.text, self._codec, self.config, self.device, self.plan is not None and self.plan.apart
-        )
+        apart = self.plan is not None and self.plan.apart
+        return Engine(self.unet, self.text, self._codec, self.config, self.device, apart, self.may_offload)

@@ -20,7 +20,7 @@ from ldm.request import Request
 from ldm.runtime.device import send
 from ldm.runtime.memory import first_that_fits
 from ldm.runtime.merging import merging
-from ldm.runtime.streaming import offload
+from ldm.runtime.streaming import offload, resident
 from ldm.runtime.tiling import seamless
 
 log = logging.getLogger(__name__)
@@ -82,11 +82,13 @@ class Predictor:
 
     @torch.no_grad()
     def together(self, x: Tensor, level: Level, branches: Sequence[Branch], step: int = 0) -> list[Prediction]:
-        """A prediction for each branch, from one evaluation. Their contexts must have one length.
+        """A prediction for each branch, from one evaluation where their contexts have one length.
 
         What the branches share until they meet their prompts is computed once, unless they see other channels.
         step: by which `deep_cache` counts. The caller keeps the branches' tensors, whose identity tells them.
         """
+        if len({branch.context.shape[1] for branch in branches}) > 1:
+            return self.apart(x, level, branches, step)
         keys_values = self._keys_values_of([branch.context for branch in branches], len(x))
         alike = all(branch.beside is branches[0].beside for branch in branches)
         seen = [_with_channels(x, branch.beside) for branch in (branches[:1] if alike else branches)]
@@ -144,16 +146,23 @@ class Conditions:
 
 
 def guided(
-    predictor: Predictor, conditions: Conditions, request: Request, levels: Sequence[Level], apart: bool = False
+    predictor: Predictor,
+    conditions: Conditions,
+    request: Request,
+    levels: Sequence[Level],
+    apart: bool = False,
+    may_offload: bool = False,
 ) -> Denoise:
     """The U-Net with guidance, over the levels of a run, from whose start the steps of prompts count.
 
     apart: whether to begin with an evaluation for each prompt, and not only where memory is short for one of all.
+    may_offload: whether the U-Net may leave a GPU that is too full for that, and stay away.
     """
-    ways = {"guidance in one evaluation": predictor.together, "guidance in several": predictor.apart}
-    if predictor.device.type != "cpu":
-        ways["the U-Net in main memory"] = predictor.offloaded
-    ask = first_that_fits(dict(list(ways.items())[apart:]))
+    ways = {} if apart else {"one evaluation for all prompts": predictor.together}
+    ways["an evaluation for each prompt"] = predictor.apart
+    if may_offload and predictor.device.type != "cpu" and resident(predictor.unet):
+        ways["the U-Net's weights in main memory"] = predictor.offloaded
+    ask = first_that_fits(ways)
     visited, cfg_scale = levels[:-1], request.cfg_scale
     assert cfg_scale is not None
     unseen = None if conditions.beside is None else torch.zeros_like(conditions.beside)
@@ -161,11 +170,6 @@ def guided(
     def step_of(level: Level) -> int:
         """The step during which a level is visited, be it one of the grid or one between two of them."""
         return max(sum(before.ratio >= level.ratio * (1 - 1e-9) for before in visited) - 1, 0)
-
-    def predict(x: Tensor, level: Level, branches: Sequence[Branch], step: int) -> list[Prediction]:
-        if len({branch.context.shape[1] for branch in branches}) > 1:
-            return predictor.apart(x, level, branches, step)
-        return ask(x, level, branches, step)
 
     def denoise(x: Tensor, level: Level) -> Prediction:
         """The guided prediction: of as many evaluations of the U-Net as there are branches, or of one."""
@@ -178,11 +182,11 @@ def guided(
         uncond = Branch(unconditional, conditions.beside)
         if conditions.edits:
             blind = Branch(unconditional, unseen)  # to the picture that is to be edited
-            result, plain = _edited(predict(x, level, [blind, uncond, *conds], step), weights, scale, request)
+            result, plain = _edited(ask(x, level, [blind, uncond, *conds], step), weights, scale, request)
         elif scale == 1 and weights == (1.0,):
-            return predict(x, level, conds, step)[0]
+            return ask(x, level, conds, step)[0]
         else:
-            first, *predictions = predict(x, level, [uncond, *conds], step)
+            first, *predictions = ask(x, level, [uncond, *conds], step)
             result, plain = (guide(first, predictions, weights, each) for each in (scale, 1.0))
         if active and request.guidance_rescale:
             result = rescale(result, plain, request.guidance_rescale, x, level, predictor.prediction_type)

@@ -6,21 +6,23 @@ import copy
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import TINY_UNET, assert_parity, relative_error
 from synthetic import make_tensor
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.checkpoint import load_unet, load_vae
 from ldm.models import layers
 from ldm.models.layers import Upsample
-from ldm.runtime import doubling
+from ldm.runtime import doubling, strips
 from ldm.runtime.doubling import FEWEST, doubled
 from ldm.runtime.packing import can_pack, pack
 from ldm.runtime.quantization import quantize
 from ldm.runtime.streaming import Streamed, stream
 from ldm.runtime.tiling import seamless
+from ldm.train.lora import LoRALayer
 
-SHAPES = [(1, 16, 16), (2, 17, 9), (1, 1, FEWEST), (3, 40, 5)]  # of maps: batch, height, width
+SHAPES = [(1, 16, 16), (2, 17, 9), (1, 1, FEWEST), (3, 52, 5)]  # of maps: batch, height, width
 
 
 @pytest.fixture
@@ -65,13 +67,58 @@ def test_any_kind_of_weight(conv):
     assert relative_error(doubled(conv, x), layers.doubled(conv, x)) <= 1e-6
 
 
-@pytest.mark.parametrize("held", ["few pixels", "packed"])
-def test_where_it_does_not_pay_all_is_as_ever(conv, held):
-    if held == "packed":
-        assert can_pack(torch.float32)
-        conv.weight = pack(conv, conv.weight)
-    x = a_map((1, 16, 16) if held == "packed" else (1, 15, 17))
+def test_few_pixels_are_convolved_as_ever(conv):
+    """In any batch, or it would decide on the last digits of a picture."""
+    x = a_map((5, 15, 17))
     assert torch.equal(doubled(conv, x), layers.doubled(conv, x))
+
+
+def test_convolutions_of_other_kinds_do_their_own(conv):
+    """Packed ones, and what stands in for one while a LoRA is learning."""
+    x = a_map((1, 16, 16))
+    learning = LoRALayer(conv, 2, 2.0, torch.Generator())
+    learning.up.weight.fill_(0.1)
+    assert torch.equal(doubled(learning, x), layers.doubled(learning, x))
+    assert can_pack(torch.float32)
+    conv.weight = pack(conv, conv.weight)
+    assert torch.equal(doubled(conv, x), layers.doubled(conv, x))
+
+
+def test_gradients_are_torchs(conv):
+    gradients = []
+    for way in (layers.doubled, doubled):
+        x = a_map((1, 16, 16)).requires_grad_()
+        with torch.enable_grad():
+            way(conv, x).square().sum().backward()
+        gradients += [x.grad, conv.weight.grad.clone()]
+        conv.zero_grad()
+    assert all(torch.equal(*pair) for pair in zip(gradients[:2], gradients[2:], strict=True))
+
+
+@pytest.fixture
+def doubling_all(monkeypatch):
+    monkeypatch.setattr(doubling, "FEWEST", 1)
+
+
+def test_networks_equal_the_reference(tiny_path, golden, doubling_all):
+    unet, vae = load_unet(tiny_path, TINY_UNET), load_vae(tiny_path)
+    for network in (unet, vae):
+        doubling.use_in(network)
+    eps = unet(golden["unet.x"], golden["unet.t"], golden["unet.context"])
+    assert_parity("tiny U-Net doubling in one, reference", eps, golden["unet.eps"], 1e-5)
+    for name, decode in (("whole", vae.decode), ("in strips", lambda z: strips.decode(vae, z))):
+        assert_parity(f"tiny VAE doubling in one, {name}", decode(golden["vae.latent"]), golden["vae.decoded"], 1e-5)
+
+
+@pytest.mark.parametrize("pixels", [1, 100, 1000])
+@pytest.mark.parametrize("tiling", ["none", "x"])
+def test_strips_are_the_whole(tiny_path, monkeypatch, doubling_all, pixels, tiling):
+    vae, latents = load_vae(tiny_path), make_tensor("x", [2, 4, 9, 5])
+    with seamless(tiling):
+        expected = vae.decode(latents)
+        doubling.use_in(vae)
+        monkeypatch.setattr(strips, "STRIP_PIXELS", pixels)
+        assert relative_error(strips.decode(vae, latents), expected) <= 1e-5
 
 
 def test_four_ninths_of_the_arithmetic():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -26,7 +28,7 @@ from ldm.runtime import strips
 from ldm.runtime.footprint import footprint
 from ldm.runtime.memory import keep_freed, parse_memory
 from ldm.runtime.plan import MIB, Job, Plan, fit
-from ldm.runtime.streaming import Streamed, offload, stream, streamable
+from ldm.runtime.streaming import Streamed, offload, resident, stream, streamable
 from ldm.runtime.tiling import seamless
 
 
@@ -166,11 +168,16 @@ def test_weights_leave_a_gpu_for_main_memory(sd, tmp_path):
         return np.asarray(sd.generate(request)[0]).astype(int)
 
     plain = picture()
+    before = dict(sd.unet.named_parameters())
     with sd.load_lora(path):
         changed = picture()
+        merged = [weakref.ref(now) for name, now in sd.unet.named_parameters() if now is not before[name]]
         offload(sd.unet)
-        assert all(isinstance(sd.unet.get_parameter(name), Streamed) for name in streamable(sd.unet))
+        assert not resident(sd.unet)
         assert np.array_equal(picture(), changed)
+    gc.collect()
+    assert merged
+    assert not any(weight() is not None and not weight().is_meta for weight in merged)
     assert np.array_equal(picture(), plain)
     with sd.load_lora(path):
         assert np.array_equal(picture(), changed)

@@ -17,6 +17,7 @@ from ldm.models.unet import UNet
 from ldm.runtime import device as devices
 from ldm.runtime.memory import first_that_fits
 from ldm.runtime.noise import seeded_noise
+from ldm.runtime.streaming import Streamed, resident, stream
 
 CPU = torch.device("cpu")
 
@@ -134,9 +135,44 @@ def test_the_unet_leaves_a_gpu_whose_memory_runs_out(shipped, monkeypatch, caplo
     assert evaluated == [2, 2, 2, 1, 1, 1, 1]
     assert set(offloaded) == {engine.unet}
     assert [record.message.split(", ")[1] for record in caplog.records] == [
-        "going on with guidance in several",
-        "going on with the U-Net in main memory",
+        "going on with an evaluation for each prompt",
+        "going on with the U-Net's weights in main memory",
     ]
+
+
+def test_weights_leave_only_where_they_may_and_there_are_any(shipped, monkeypatch):
+    """Not those of a network that is learning; and prompts of unlike lengths come to it, too."""
+
+    def full(self, x, shifts, keys_values):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    offloaded = []
+    monkeypatch.setattr(UNet, "predict", full)
+    monkeypatch.setattr("ldm.sampling.offload", offloaded.append)
+    request = shipped.resolve(Request("a red circle " * 40, seed=0, steps=5))
+    engine = on_meta(shipped)
+    away = on_meta(shipped)
+    for name in resident(away.unet):
+        layer, weight = away.unet.get_submodule(name.removesuffix(".weight")), away.unet.get_parameter(name)
+        stream(layer)
+        layer.weight = Streamed(weight, weight.detach)
+    for expected, cramped in ((1, engine), (0, replace(engine, may_offload=False)), (0, away)):
+        offloaded.clear()
+        with pytest.raises(torch.OutOfMemoryError):
+            list(cramped.walk(request, Fitted(None)))
+        assert len(offloaded) == expected
+
+
+def test_what_is_sent_is_not_waited_for():
+    sent = []
+
+    class Tensor:
+        def to(self, device, non_blocking):
+            sent.append((device.type, non_blocking))
+
+    for device in ("cuda", "mps", "cpu"):
+        devices.send(Tensor(), torch.device(device))
+    assert sent == [("cuda", True), ("mps", False), ("cpu", False)]
 
 
 def _on_cpu(value) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ldm.checkpoint.writing import is_finite
 from ldm.errors import RequestError
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
+from ldm.runtime.device import send
 from ldm.runtime.streaming import Streamed
 
 
@@ -136,7 +138,9 @@ def _merged(original: Tensor, parameter: Parameter, doses: Sequence[Dose]) -> Te
 
 def _streamed(kept: nn.Parameter, now: Streamed) -> nn.Parameter:
     """The original of a weight that is streamed now, and may have been in memory when it was changed."""
-    return kept if isinstance(kept, Streamed) else now.changed(lambda weight: kept.to(weight))
+    if isinstance(kept, Streamed):
+        return kept
+    return Streamed(now, partial(send, kept.detach().to(now.dtype), now.read().device))
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:

@@ -111,7 +111,7 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(self.norm2(h))
 
 
-def doubled(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def doubled(conv: nn.Module, x: Tensor) -> Tensor:
     """A map enlarged to twice its height and width by nearest neighbour, then convolved."""
     return conv(F.interpolate(x, scale_factor=2.0))
 

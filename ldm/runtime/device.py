@@ -42,5 +42,5 @@ def cpu_computes_bfloat16() -> bool:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU's tensor on a device: an NVIDIA GPU gets it when it comes to it, and the CPU does not wait for that."""
+    """A CPU's tensor on a device: for an NVIDIA GPU to get it in its turn, so that the CPU need not wait for that."""
     return tensor.to(device, non_blocking=device.type == "cuda")  # on MPS its memory could be reused too early

@@ -8,16 +8,17 @@ costs little where there are pixels enough, and takes LoRAs and streamed weights
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models import layers
 from ldm.models.layers import Upsample
-from ldm.runtime.packing import Packed
-from ldm.runtime.streaming import value_of
+from ldm.runtime import streaming
 
-FEWEST = 256  # pixels that are worth the sums; half as many are not, and twice are, at 1280 channels
+FEWEST = 256  # pixels that are worth the sums of weights: a quarter as many are not, at 1280 channels
 
 
 def use_in(network: nn.Module) -> None:
@@ -27,34 +28,27 @@ def use_in(network: nn.Module) -> None:
             layer.doubled = doubled
 
 
-def doubled(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """As `ldm.models.layers.doubled`."""
+def doubled(conv: nn.Module, x: Tensor) -> Tensor:
+    """As `ldm.models.layers.doubled`, where no gradient is asked for. Hooks on the convolution are passed over."""
     batch, _, height, width = x.shape
-    if batch * height * width < FEWEST or isinstance(conv.weight, Packed):
+    pays = height * width >= FEWEST and x.device.type in ("cpu", "meta")  # where it only counts what is taken
+    if torch.is_grad_enabled() or not pays or type(conv) not in (nn.Conv2d, streaming.Conv2d):
         return layers.doubled(conv, x)
-    bias = None if conv.bias is None else conv.bias.repeat(4)
-    kinds = F.conv2d(x, _two_by_two(value_of(conv.weight)), bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    assert isinstance(conv, nn.Conv2d)
+    weight = streaming.value_of(conv.weight)
     size = (batch, conv.out_channels, 2 * height, 2 * width)
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    for kind, (row, column) in zip(kinds.chunk(4, dim=1), PLACES, strict=True):
+    for row, column in product((0, 1), (0, 1)):
+        two_by_two = _summed(_summed(weight, row, dim=2), column, dim=3)
+        kind = F.conv2d(x, two_by_two, conv.bias, (1, 1), (1, 1))  # spelled as `seamless` looks for padding
         out[..., row::2, column::2] = kind[..., row : row + height, column : column + width]
     return out
 
 
-PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))  # of pixels, among the four that one becomes
-
-
-def _two_by_two(weight: Tensor) -> Tensor:
-    """Weights (o, i, 3, 3) → (4·o, i, 2, 2), of the kinds of pixels in the order of PLACES.
-
-    Of an even row the first of the three rows that are seen is another's, of an odd row the last.
-    """
-    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    rows = [_summed(exact, parity, dim=2) for parity in (0, 1)]
-    kinds = torch.cat([_summed(rows[row], column, dim=3) for row, column in PLACES])
-    return kinds.to(weight.dtype, memory_format=torch.channels_last)
-
-
 def _summed(weight: Tensor, parity: int, dim: int) -> Tensor:
+    """Three rows of weights, or columns, → two, for pixels in a row, or column, that is even, 0, or odd, 1.
+
+    Of the three that an even one sees the last two are one pixel's, of those that an odd one sees the first two.
+    """
     first, middle, last = weight.split(1, dim)
     return torch.cat([first + middle, last] if parity else [first, middle + last], dim)

@@ -59,16 +59,21 @@ STREAMING: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Conv2
 
 def stream(layer: nn.Module) -> None:
     """Let a layer that is called, and whose weight nobody else looks into, have one that is `Streamed`, or not."""
-    layer.__class__ = STREAMING[type(layer)]
+    layer.__class__ = STREAMING.get(type(layer), type(layer))
 
 
 def offload(network: nn.Module) -> None:
     """Keep in main memory what weights of layers a GPU has, to send each when its layer runs."""
-    for name in streamable(network):
+    for name in resident(network):
         layer, weight = network.get_submodule(name.removesuffix(".weight")), network.get_parameter(name)
-        if not isinstance(weight, Streamed):
-            stream(layer)
-            layer.weight = Streamed(weight, partial(send, weight.detach().cpu(), weight.device))
+        kept = Streamed(weight, partial(send, weight.detach().cpu(), weight.device))
+        stream(layer)
+        layer.weight = kept
+
+
+def resident(network: nn.Module) -> list[str]:
+    """Those of the weights that can be streamed which are not: they have data, on the network's device."""
+    return [name for name in streamable(network) if not isinstance(network.get_parameter(name), Streamed)]
 
 
 def streamable(network: nn.Module) -> dict[str, int]:
