@@ -216,15 +216,17 @@ def cpp_step(args: argparse.Namespace, x: Tensor, states: Tensor) -> Callable[[]
             ended.set()
             done.release()
 
-    threading.Thread(target=draw, daemon=True).start()
-    done.acquire()
-
-    def run() -> None:
-        asked.release()
+    def await_step() -> None:
         done.acquire()
         if ended.is_set():
             raise RuntimeError("stable-diffusion.cpp stopped: what it says is above")
 
+    def run() -> None:
+        asked.release()
+        await_step()
+
+    threading.Thread(target=draw, daemon=True).start()
+    await_step()  # it calls before the first, too
     return run
 
 

@@ -8,8 +8,6 @@ costs little where there are pixels enough, and takes LoRAs and streamed weights
 
 from __future__ import annotations
 
-from itertools import product
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,10 +36,13 @@ def doubled(conv: nn.Module, x: Tensor) -> Tensor:
     weight = streaming.value_of(conv.weight)
     size = (batch, conv.out_channels, 2 * height, 2 * width)
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    for row, column in product((0, 1), (0, 1)):
-        two_by_two = _summed(_summed(weight, row, dim=2), column, dim=3)
-        kind = F.conv2d(x, two_by_two, conv.bias, (1, 1), (1, 1))  # spelled as `seamless` looks for padding
-        out[..., row::2, column::2] = kind[..., row : row + height, column : column + width]
+    for row in (0, 1):
+        rows = _summed(weight, row, dim=2)
+        for column in (0, 1):
+            kind = F.conv2d(
+                x, _summed(rows, column, dim=3), conv.bias, (1, 1), (1, 1)
+            )  # as `seamless` looks for padding
+            out[..., row::2, column::2] = kind[..., row : row + height, column : column + width]
     return out
 
 

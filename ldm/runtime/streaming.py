@@ -54,12 +54,15 @@ class Conv2d(nn.Conv2d):
         return self._conv_forward(x, value_of(self.weight), self.bias)
 
 
-STREAMING: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
+# What a layer becomes, by what it is; one that streams already stays so.
+STREAMING: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: Linear, nn.Conv2d: Conv2d, Linear: Linear, Conv2d: Conv2d,
+}  # fmt: skip
 
 
 def stream(layer: nn.Module) -> None:
     """Let a layer that is called, and whose weight nobody else looks into, have one that is `Streamed`, or not."""
-    layer.__class__ = STREAMING.get(type(layer), type(layer))
+    layer.__class__ = STREAMING[type(layer)]
 
 
 def offload(network: nn.Module) -> None:
@@ -78,6 +81,7 @@ def resident(network: nn.Module) -> list[str]:
 
 def streamable(network: nn.Module) -> dict[str, int]:
     """The weights of a network that can be streamed, by name, with how many numbers they have, the largest first."""
-    kinds = (*STREAMING, *STREAMING.values())
-    sizes = {f"{name}.weight": layer.weight.numel() for name, layer in network.named_modules() if type(layer) in kinds}
+    sizes = {
+        f"{name}.weight": layer.weight.numel() for name, layer in network.named_modules() if type(layer) in STREAMING
+    }
     return {name: size for name, size in sorted(sizes.items(), key=lambda item: -item[1]) if size >= LEAST}
