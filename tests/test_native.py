@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SHIPPED, TINY_UNET, relative_error
 
 from ldm.checkpoint.load import load_unet, load_vae
@@ -105,15 +107,68 @@ def test_attention_passes_on_what_is_not_a_number():
     assert out.isnan().sum() == 40
 
 
+MAPS = [  # batch, height, width, channels, outputs
+    (1, 1, 1, 16, 16),
+    (2, 5, 7, 16, 48),
+    (1, 16, 17, 48, 32),
+    (3, 9, 8, 32, 80),
+    (1, 49, 47, 528, 16),  # more channels, and more tiles, than are taken at once
+]
+
+
+def convolved(shape, padding, enlarged):
+    """By the kernel, by torch, and in float64."""
+    batch, height, width, channels, outputs = shape
+    generator = torch.Generator().manual_seed(height)
+    x = torch.randn(batch, channels, height, width, generator=generator).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(outputs, channels, 3, 3, generator=generator), torch.randn(outputs, generator=generator)
+    enlarge = partial(torch.repeat_interleave, repeats=1 + enlarged)
+    seen = enlarge(enlarge(F.pad(x, [padding[1]] * 2 + [padding[0]] * 2), dim=2), dim=3)
+    if enlarged:  # all that a pixel of x becomes has what is around it
+        seen = seen[..., 1:-1, 1:-1]
+    plain, exact = F.conv2d(seen, weight, bias), F.conv2d(seen.double(), weight.double(), bias.double())
+    return native.convolution(x, weight, bias, padding, enlarged), plain, exact
+
+
+@pytest.mark.parametrize("padding", [(1, 1), (0, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize(("enlarged", "allowed"), [(False, 2.5), (True, 1)])
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+def test_convolutions_are_as_exact_as_torchs(shape, padding, enlarged, allowed):
+    if min(shape[1] + 2 * padding[0], shape[2] + 2 * padding[1]) < 3:
+        pytest.skip("nothing is left of such a map")
+    ours, plain, exact = convolved(shape, padding, enlarged)
+    assert ours.shape == exact.shape and ours.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(ours, exact) <= allowed * relative_error(plain, exact) + 2e-7
+
+
+@pytest.mark.parametrize("enlarged", [False, True])
+def test_a_map_in_a_batch_is_convolved_to_the_same_bits(enlarged):
+    x, weight = torch.randn(3, 64, 19, 18), torch.randn(32, 64, 3, 3)
+    together = native.convolution(x, weight, None, (1, 1), enlarged)
+    assert torch.equal(native.convolution(x[1:2], weight, None, (1, 1), enlarged), together[1:2])
+
+
+@pytest.mark.parametrize("enlarged", [False, True])
+def test_convolutions_pass_on_what_is_not_a_number(enlarged):
+    x, weight = torch.randn(1, 16, 20, 20), torch.randn(16, 16, 3, 3)
+    x[0, 3, 10, 10] = torch.nan
+    out = native.convolution(x, weight, None, (1, 1), enlarged)
+    seen = F.conv2d(F.interpolate(x, scale_factor=2.0) if enlarged else x, weight, None, padding=1).isnan()
+    assert (out.isnan() | ~seen).all()
+    assert out.isnan().float().mean() < 0.3  # tiles that see it, and no others
+
+
 def test_threads_change_nothing():
     q, k, v = heads_of(2, 3, 130, 77, 40)
-    together = native.attention(q, k, v)
+    together, [map_together, *_] = native.attention(q, k, v), convolved(MAPS[-1], (1, 1), False)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert torch.equal(native.attention(q, k, v), together)
-    finally:
-        torch.set_num_threads(threads)
+    for other in (1, 7):
+        torch.set_num_threads(other)
+        try:
+            assert torch.equal(native.attention(q, k, v), together)
+            assert torch.equal(convolved(MAPS[-1], (1, 1), False)[0], map_together)
+        finally:
+            torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -147,7 +202,7 @@ def test_group_norms_are_exact(size, mean):
     x = (torch.randn(size) * 1.5 + mean).contiguous(memory_format=torch.channels_last)
     norm = layers.GroupNorm(32, size[1], eps=1e-6, silu=True)
     native.use_in(norm)
-    expected = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 32, eps=1e-6))
+    expected = F.silu(F.group_norm(x.double(), 32, eps=1e-6))
     assert relative_error(norm(x), expected) < 1e-7 * max(mean, 2)
 
 
@@ -156,9 +211,9 @@ def test_gated_gelu(dtype, bound):
     gates = torch.linspace(-20, 20, 3 * 5 * 48).view(3, 5, 48)
     x = torch.cat([torch.randn(3, 5, 48), gates], dim=-1).to(dtype)
     values, gates = x.double().chunk(2, dim=-1)
-    assert relative_error(native.gated_gelu(x), values * torch.nn.functional.gelu(gates)) < bound
+    assert relative_error(native.gated_gelu(x), values * F.gelu(gates)) < bound
     low = torch.cat([torch.ones(1, 1, 48), torch.linspace(-5, -1, 48).view(1, 1, 48)], dim=-1)  # where 1 + erf cancels
-    assert relative_error(native.gated_gelu(low), torch.nn.functional.gelu(low[..., 48:].double())) < 1e-6
+    assert relative_error(native.gated_gelu(low), F.gelu(low[..., 48:].double())) < 1e-6
     x[1, 2, 50] = torch.nan
     assert native.gated_gelu(x).isnan().sum() == 1
 
@@ -268,26 +323,34 @@ def test_the_cache(tmp_path):
     assert number == 0 and "kernels cannot be made or loaded" in log
 
 
+def trusted_of(folder, monkeypatch, file, **changes):
+    """The kernels that are used of changed sources."""
+    sources = shutil.copytree(native.SOURCES, folder / "kernels")
+    text = (sources / file).read_text()
+    for old, new in changes.values():
+        assert old in text
+        text = text.replace(old, new)
+    (sources / file).write_text(text)
+    monkeypatch.setattr(native, "SOURCES", sources)
+    native.make(folder / "made", COMPILER)
+    return (folder / "made" / native.TRUSTED).read_text().split()
+
+
 def test_kernels_that_crash_are_not_used(tmp_path, monkeypatch):
     """Whatever the check prints before it dies is what is trusted."""
-    source = tmp_path / "kernels.cpp"
-    broken = native.SOURCE.read_text().replace("int allow_tiles() {", "int allow_tiles() { __builtin_trap();")
-    source.write_text(broken)
-    monkeypatch.setattr(native, "SOURCE", source)
-    monkeypatch.setattr(native, "LOADED", {})
-    native.make(tmp_path / "made", COMPILER)
-    assert (tmp_path / "made" / native.TRUSTED).read_text() == ""
+    crash = "int allow_tiles() {", "int allow_tiles() { __builtin_trap();"
+    assert trusted_of(tmp_path, monkeypatch, "kernels.cpp", crash=crash) == []
 
 
-def test_kernels_that_are_wrong_are_not_used(tmp_path, monkeypatch):
-    source = tmp_path / "kernels.cpp"
-    source.write_text(
-        native.SOURCE.read_text()
-        .replace("SLACK = 8.f", "SLACK = 1e9f")
-        .replace("* scale - most[r]", "* 1.1f * scale - most[r]")
-    )
-    monkeypatch.setattr(native, "SOURCE", source)
-    native.make(tmp_path / "made", COMPILER)
-    trusted = (tmp_path / "made" / native.TRUSTED).read_text().split()
+def test_attention_that_is_wrong_is_not_used(tmp_path, monkeypatch):
+    slack = "SLACK = 8.f", "SLACK = 1e9f"
+    scale = "* scale - most[r]", "* 1.1f * scale - most[r]"
+    trusted = trusted_of(tmp_path, monkeypatch, "attention.h", slack=slack, scale=scale)
     assert "row_statistics_float32" in trusted
     assert "attention_float32" not in trusted
+
+
+def test_convolutions_that_are_wrong_are_not_used(tmp_path, monkeypatch):
+    trusted = trusted_of(tmp_path, monkeypatch, "convolution.h", sum=("to[1] = s[1] + s[2];", "to[1] = s[1];"))
+    assert "convolution_float32" in trusted
+    assert "enlarged_convolution_float32" not in trusted

@@ -24,7 +24,7 @@ from ldm.errors import CheckpointError
 from ldm.models.text import TextEncoder
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
-from ldm.runtime import doubling, native
+from ldm.runtime import convolving, native
 from ldm.runtime.memory import keep_freed
 from ldm.runtime.packing import can_pack, pack
 from ldm.runtime.plan import Job, Plan, make_plan
@@ -112,7 +112,7 @@ def _open_model(
     if torch.device(device).type == "cpu":
         for network in networks.values():
             native.use_in(network)
-            doubling.use_in(network)
+            convolving.use_in(network)
     return checkpoint, config, networks
 
 

@@ -1,4 +1,4 @@
-"""The kernels of kernels.cpp: compiled once for this CPU where there is a C++ compiler; elsewhere torch's operators do.
+"""The kernels of `kernels/`: compiled once for this CPU where there is a C++ compiler; elsewhere torch's operators do.
 
 They compute what `ldm.models.layers` has and stand in for it in networks that `use_in` is told of, wherever no gradient
 is asked for.
@@ -19,9 +19,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ldm.files import staged_folder
 from ldm.models import layers
@@ -30,18 +33,19 @@ from ldm.models.unet import GEGLU, CrossAttention, SelfAttention
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = Path(__file__).with_name("kernels")  # of which kernels.cpp has the rest in it
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 LIBRARY, TRUSTED = "kernels.so", "trusted.txt"
 SWITCH = "LDM_NATIVE"  # an environment variable; 0 leaves the kernels out, and packed weights
 PATIENCE = 60  # seconds, for the compiler and for the check
 CRASHES = (signal.SIGILL, signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP)
-MOST_HEAD = 256  # numbers in a head of attention, as in kernels.cpp
+MOST_HEAD = 256  # numbers in a head of attention, as in attention.h
 PADDING = 32  # of keys and heads of attention, at most
 CHANNELS = 16  # that kernels take at once, at most
 
-KERNELS = ("row_statistics", "scale_and_shift", "gated_gelu", "attention")
-LOADED: dict[str, Callable[..., None]] = {}  # the kernels there are, by name and type
+CONVOLUTIONS = ("convolution", "enlarged_convolution")
+KERNELS = ("row_statistics", "scale_and_shift", "gated_gelu", "attention", *CONVOLUTIONS)
+LOADED: dict[str, Callable[..., int]] = {}  # the kernels there are, by name and type
 
 
 def use_in(network: nn.Module) -> None:
@@ -110,7 +114,34 @@ def gated_gelu(x: Tensor) -> Tensor:
     return out
 
 
-def _kernel(name: str, *tensors: Tensor) -> Callable[..., None] | None:
+def convolves(x: Tensor, weight: Tensor, enlarged: bool) -> bool:
+    """Whether there is a kernel for `convolution`."""
+    outputs, channels, *_ = weight.shape
+    return _kernel(CONVOLUTIONS[enlarged], x, weight) is not None and not outputs % CHANNELS and not channels % CHANNELS
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], enlarged: bool) -> Tensor:
+    """3×3, of x (b, c, h, w), or of x `enlarged` to twice its size by nearest neighbour, where `convolves` says so.
+
+    `padding` is how many rows and columns of zeros are around x as it is given.
+    """
+    if has_torch_function_unary(x):  # `seamless` has another padding
+        return handle_torch_function(convolution, (x,), x, weight, bias, padding, enlarged)
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    batch, channels, *sides = x.shape
+    outputs, scale = len(weight), 2 if enlarged else 1
+    size = (batch, outputs, *(scale * (side + 2 * zeros - 2) for side, zeros in zip(sides, padding, strict=True)))
+    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    bias = x.new_zeros(outputs) if bias is None else bias
+    kernel = LOADED[_named(CONVOLUTIONS[enlarged], x.dtype)]
+    rest = _numbers(batch, *sides, channels, outputs, *padding), torch.get_num_threads()
+    space = x.new_empty(kernel(*5 * [None], *rest))
+    if not x.is_meta:
+        kernel(*_at(x, weight, bias, out, space), *rest)
+    return out
+
+
+def _kernel(name: str, *tensors: Tensor) -> Callable[..., int] | None:
     """That for tensors like the first, where there is one, and nothing is to be learned through any of them."""
     learning = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if learning or tensors[0].device.type not in ("cpu", "meta"):
@@ -166,7 +197,7 @@ def _cache() -> Path:
 def _fingerprint() -> str:
     """Of all that the library depends on."""
     cpu = re.findall(r"^(?:model name|flags)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[:2]
-    parts = (SOURCE.read_text(), *FLAGS, *cpu, torch.__version__)
+    parts = (*(path.read_text() for path in sorted(SOURCES.iterdir())), *FLAGS, *cpu, torch.__version__)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -200,11 +231,11 @@ def _check(library: Path) -> str:
 
 
 def compile_to(library: Path, compiler: str, *flags: str) -> None:
-    command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(library)]
+    command = [compiler, *FLAGS, *flags, str(SOURCES / "kernels.cpp"), "-o", str(library)]
     subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
 
 
-def open_library(library: Path, names: Iterable[str]) -> dict[str, Callable[..., None]]:
+def open_library(library: Path, names: Iterable[str]) -> dict[str, Callable[..., int]]:
     opened = ctypes.CDLL(str(library))
     refused = () if opened.allow_tiles() else (_named("attention", torch.bfloat16),)
     return {name: getattr(opened, name) for name in names if hasattr(opened, name) and name not in refused}
@@ -216,17 +247,24 @@ def agreeing() -> Iterator[str]:
         x = torch.randn(2, 48, 9, 11).to(dtype, memory_format=torch.channels_last)
         scale, shift = torch.randn(2, 2, 48, 1, 1)
         heads = [layers.split_heads(torch.randn(2, tokens, 80).to(dtype), 2) for tokens in (99, 300, 300)]
-        for ours, plain, args in (
-            (row_statistics, layers.row_statistics, (x,)),
-            (scale_and_shift, layers.scale_and_shift, (x, scale, shift, True)),
-            (gated_gelu, layers.gated_gelu, (torch.randn(2, 9, 96).to(dtype),)),
-            (attention, layers.attention, heads),
-        ):
-            name = _named(ours.__name__, dtype)
-            if name in LOADED:
+        weight, bias = torch.randn(32, 48, 3, 3).to(dtype), torch.randn(32).to(dtype)
+        tried: list[tuple[Any, ...]] = [
+            ("row_statistics", row_statistics, layers.row_statistics, x),
+            ("scale_and_shift", scale_and_shift, layers.scale_and_shift, x, scale, shift, True),
+            ("gated_gelu", gated_gelu, layers.gated_gelu, torch.randn(2, 9, 96).to(dtype)),
+            ("attention", attention, layers.attention, *heads),
+            (CONVOLUTIONS[False], convolution, _torchs_convolution, x, weight, bias, (1, 1), False),
+            (CONVOLUTIONS[True], convolution, _torchs_convolution, x, weight, bias, (1, 1), True),
+        ]
+        for name, ours, plain, *args in tried:
+            if _named(name, dtype) in LOADED:
                 result, expected = (torch.cat([t.double().flatten() for t in run(*args)]) for run in (ours, plain))
                 if torch.dist(result, expected) <= tolerance * expected.norm():
-                    yield name
+                    yield _named(name, dtype)
+
+
+def _torchs_convolution(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int], enlarged: bool) -> Tensor:
+    return F.conv2d(F.interpolate(x, scale_factor=2.0) if enlarged else x, weight, bias, 1, padding)
 
 
 if __name__ == "__main__":

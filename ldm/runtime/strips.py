@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.layers import GroupNorm, ResBlock, Upsample
+from ldm.models.layers import GroupNorm, ResBlock, Upsample, convolve
 from ldm.models.vae import VAE, DiagonalGaussian, Downsample
 
 STRIP_PIXELS = 1 << 14  # of a map at once
@@ -56,8 +56,8 @@ def _through(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def _res_block(block: ResBlock, x: Tensor) -> Tensor:
-    h = _whole(_convolved(block.conv1, _activated(block.norm1, x)))
-    change = _convolved(block.conv2, _activated(block.norm2, h))
+    h = _whole(_convolved(block.conv1, _activated(block.norm1, x), by=block.convolve))
+    change = _convolved(block.conv2, _activated(block.norm2, h), by=block.convolve)
     return _whole(change._replace(read=lambda a, b: block.skip(x[..., a:b, :]) + change.read(a, b)), out=h)
 
 
@@ -95,7 +95,9 @@ def _activated(norm: GroupNorm, x: Tensor) -> Rows:
     return rows._replace(read=lambda start, stop: normalise(rows.read(start, stop)))
 
 
-def _convolved(conv: nn.Conv2d, rows: Rows, padding: tuple[int, int] = (1, 1)) -> Rows:
+def _convolved(
+    conv: nn.Conv2d, rows: Rows, padding: tuple[int, int] = (1, 1), by: Callable[..., Tensor] = convolve
+) -> Rows:
     """By a 3×3 convolution of a map that is enlarged by `padding` zeros, those before it and those behind it."""
     before, behind = padding
     stride = conv.stride[0]
@@ -110,7 +112,7 @@ def _convolved(conv: nn.Conv2d, rows: Rows, padding: tuple[int, int] = (1, 1)) -
         missing = before - sides, behind - sides, max(-first, 0), max(last - rows.height, 0)
         if any(missing):
             seen = F.pad(seen, missing)
-        return F.conv2d(seen, conv.weight, conv.bias, conv.stride, (0, sides), conv.dilation, conv.groups)
+        return by(conv, seen, (0, sides))
 
     return Rows(size(rows.height), size(rows.width), read)
 

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ldm.errors import RequestError
+from ldm.runtime import native
 from ldm.runtime.packing import ONEDNN
 
 AXES: dict[str, tuple[int, ...]] = {"none": (), "both": (-1, -2), "x": (-1,), "y": (-2,)}  # of a b c h w tensor
 
-PADDING = {F.conv2d: 4, getattr(ONEDNN, "_convolution_pointwise", None): 3}  # its place among a convolution's arguments
+# Its place among a convolution's arguments.
+PADDING = {F.conv2d: 4, native.convolution: 3, getattr(ONEDNN, "_convolution_pointwise", None): 3}
 
 
 def seamless(tiling: str) -> AbstractContextManager[object]:

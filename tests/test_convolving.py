@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.checkpoint import load_unet, load_vae
 from ldm.models import layers
 from ldm.models.layers import Upsample
-from ldm.runtime import doubling, strips
-from ldm.runtime.doubling import FEWEST, doubled
+from ldm.runtime import convolving, strips
+from ldm.runtime.convolving import FEWEST, doubled
 from ldm.runtime.packing import can_pack, pack
 from ldm.runtime.quantization import quantize
 from ldm.runtime.streaming import Streamed, stream
@@ -97,13 +97,13 @@ def test_gradients_are_torchs(conv):
 
 @pytest.fixture
 def doubling_all(monkeypatch):
-    monkeypatch.setattr(doubling, "FEWEST", 1)
+    monkeypatch.setattr(convolving, "FEWEST", 1)
 
 
 def test_networks_equal_the_reference(tiny_path, golden, doubling_all):
     unet, vae = load_unet(tiny_path, TINY_UNET), load_vae(tiny_path)
     for network in (unet, vae):
-        doubling.use_in(network)
+        convolving.use_in(network)
     eps = unet(golden["unet.x"], golden["unet.t"], golden["unet.context"])
     assert_parity("tiny U-Net doubling in one, reference", eps, golden["unet.eps"], 1e-5)
     for name, decode in (("whole", vae.decode), ("in strips", lambda z: strips.decode(vae, z))):
@@ -116,7 +116,7 @@ def test_strips_are_the_whole(tiny_path, monkeypatch, doubling_all, pixels, tili
     vae, latents = load_vae(tiny_path), make_tensor("x", [2, 4, 9, 5])
     with seamless(tiling):
         expected = vae.decode(latents)
-        doubling.use_in(vae)
+        convolving.use_in(vae)
         monkeypatch.setattr(strips, "STRIP_PIXELS", pixels)
         assert relative_error(strips.decode(vae, latents), expected) <= 1e-5
 
@@ -135,7 +135,7 @@ def test_four_ninths_of_the_arithmetic():
 def test_other_sizes_are_enlarged_as_ever():
     layer, x = Upsample(8), torch.randn(1, 8, 20, 20)
     expected = layer(x, size=torch.Size((39, 40)))
-    doubling.use_in(layer)
+    convolving.use_in(layer)
     assert torch.equal(layer(x, size=torch.Size((39, 40))), expected)
     assert relative_error(layer(x, size=torch.Size((40, 40))), layer(x)) == 0
 
