@@ -1,4 +1,7 @@
-"""Enlarging and convolving in one: the same numbers for less arithmetic, whatever the weights are held as."""
+"""Convolutions for less arithmetic: the same numbers, whatever their weights are held as.
+
+With channels that the kernels take, where there are kernels, and with others, for which there are none.
+"""
 
 from __future__ import annotations
 
@@ -13,81 +16,95 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.checkpoint import load_unet, load_vae
 from ldm.models import layers
-from ldm.models.layers import Upsample
-from ldm.runtime import convolving, strips
-from ldm.runtime.convolving import FEWEST, doubled
+from ldm.models.layers import ResBlock, Upsample
+from ldm.runtime import convolving, native, strips
+from ldm.runtime.convolving import FEWEST, convolve, doubled
+from ldm.runtime.footprint import footprint
 from ldm.runtime.packing import can_pack, pack
 from ldm.runtime.quantization import quantize
 from ldm.runtime.streaming import Streamed, stream
 from ldm.runtime.tiling import seamless
 from ldm.train.lora import LoRALayer
 
+WAYS = [(convolve, layers.convolve), (doubled, layers.doubled)]  # ours, and torch's
 SHAPES = [(1, 16, 16), (2, 17, 9), (1, 1, FEWEST), (3, 52, 5)]  # of maps: batch, height, width
 
 
-@pytest.fixture
-def conv() -> nn.Conv2d:
-    conv = nn.Conv2d(6, 5, 3, padding=1)
+@pytest.fixture(autouse=True, scope="module")
+def kernels():
+    native.load()
+
+
+@pytest.fixture(params=[(6, 5), (32, 48)], ids=str)
+def conv(request) -> nn.Conv2d:
+    conv = nn.Conv2d(*request.param, 3, padding=1)
     conv.load_state_dict({name: make_tensor(name, list(t.shape)) for name, t in conv.state_dict().items()})
     return conv.to(memory_format=torch.channels_last)
 
 
-def a_map(shape: tuple[int, int, int]) -> Tensor:
+def a_map(conv: nn.Conv2d, shape: tuple[int, int, int]) -> Tensor:
     batch, height, width = shape
-    return make_tensor("x", [batch, 6, height, width]).contiguous(memory_format=torch.channels_last)
+    return make_tensor("x", [batch, conv.in_channels, height, width]).contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize(("ours", "torchs"), WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("tiling", ["none", "x", "y", "both"])
-def test_numbers_are_those_of_the_formula(conv, shape, tiling):
-    x = a_map(shape)
+def test_numbers_are_those_of_the_formula(conv, ours, torchs, shape, tiling):
+    x = a_map(conv, shape)
     with seamless(tiling):
-        expected = layers.doubled(copy.deepcopy(conv).double(), x.double())
-        ours, plain = doubled(conv, x), layers.doubled(conv, x)
-    assert ours.is_contiguous(memory_format=torch.channels_last)
-    assert relative_error(ours, expected) <= max(2 * relative_error(plain, expected), 1e-7)
+        expected = torchs(copy.deepcopy(conv).double(), x.double())
+        made, plain = ours(conv, x), torchs(conv, x)
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(made, expected) <= max(2 * relative_error(plain, expected), 5e-7)
 
 
-def test_half_precision_is_as_exact(conv):
-    conv, x = conv.bfloat16(), a_map((1, 32, 32)).bfloat16()
-    expected = layers.doubled(copy.deepcopy(conv).double(), x.double())
-    assert relative_error(doubled(conv, x), expected) <= 2 * relative_error(layers.doubled(conv, x), expected) < 1e-2
+@pytest.mark.parametrize(("ours", "torchs"), WAYS)
+def test_half_precision_is_as_exact(conv, ours, torchs):
+    conv = conv.bfloat16()
+    x = a_map(conv, (1, 32, 32)).bfloat16()
+    expected = torchs(copy.deepcopy(conv).double(), x.double())
+    assert relative_error(ours(conv, x), expected) <= 2 * relative_error(torchs(conv, x), expected) < 1e-2
 
 
-def test_any_kind_of_weight(conv):
-    x = a_map((1, 16, 16))
-    expected = layers.doubled(conv, x)
-    read, rounded = copy.deepcopy(conv), copy.deepcopy(conv)
+@pytest.mark.parametrize(("ours", "torchs"), WAYS)
+def test_any_kind_of_weight(conv, ours, torchs):
+    x = a_map(conv, (1, 16, 16))
+    expected = torchs(conv, x)
+    read, rounded, plain = (copy.deepcopy(conv) for _ in range(3))
     stream(read)
-    read.weight = Streamed(conv.weight, lambda: conv.weight)
-    assert relative_error(doubled(read, x), expected) <= 1e-6
+    read.weight = Streamed(conv.weight, lambda: conv.weight.contiguous())
+    assert relative_error(ours(read, x), expected) <= 1e-6
     rounded.weight = quantize(rounded, conv.weight)
-    assert relative_error(doubled(rounded, x), layers.doubled(rounded, x)) <= 1e-6
-    conv.bias = None
-    assert relative_error(doubled(conv, x), layers.doubled(conv, x)) <= 1e-6
+    assert relative_error(ours(rounded, x), torchs(rounded, x)) <= 1e-6
+    plain.bias = None
+    assert relative_error(ours(plain, x), torchs(plain, x)) <= 1e-6
 
 
-def test_few_pixels_are_convolved_as_ever(conv):
+@pytest.mark.parametrize(("ours", "torchs"), WAYS)
+def test_few_pixels_are_convolved_as_ever(conv, ours, torchs):
     """In any batch, or it would decide on the last digits of a picture."""
-    x = a_map((5, 15, 17))
-    assert torch.equal(doubled(conv, x), layers.doubled(conv, x))
+    x = a_map(conv, (5, 15, 17))
+    assert torch.equal(ours(conv, x), torchs(conv, x))
 
 
-def test_convolutions_of_other_kinds_do_their_own(conv):
+@pytest.mark.parametrize(("ours", "torchs"), WAYS)
+def test_convolutions_of_other_kinds_do_their_own(conv, ours, torchs):
     """Packed ones, and what stands in for one while a LoRA is learning."""
-    x = a_map((1, 16, 16))
+    x = a_map(conv, (1, 16, 16))
     learning = LoRALayer(conv, 2, 2.0, torch.Generator())
     learning.up.weight.fill_(0.1)
-    assert torch.equal(doubled(learning, x), layers.doubled(learning, x))
+    assert torch.equal(ours(learning, x), torchs(learning, x))
     assert can_pack(torch.float32)
     conv.weight = pack(conv, conv.weight)
-    assert torch.equal(doubled(conv, x), layers.doubled(conv, x))
+    assert torch.equal(ours(conv, x), torchs(conv, x))
 
 
-def test_gradients_are_torchs(conv):
+@pytest.mark.parametrize("ways", WAYS)
+def test_gradients_are_torchs(conv, ways):
     gradients = []
-    for way in (layers.doubled, doubled):
-        x = a_map((1, 16, 16)).requires_grad_()
+    for way in ways:
+        x = a_map(conv, (1, 16, 16)).requires_grad_()
         with torch.enable_grad():
             way(conv, x).square().sum().backward()
         gradients += [x.grad, conv.weight.grad.clone()]
@@ -95,24 +112,35 @@ def test_gradients_are_torchs(conv):
     assert all(torch.equal(*pair) for pair in zip(gradients[:2], gradients[2:], strict=True))
 
 
+@pytest.mark.parametrize(("ours", "torchs"), WAYS)
+def test_what_is_taken_is_counted(conv, ours, torchs):
+    """Without data, too: no less than the result, and what kernels take for themselves."""
+    conv, x = conv.to("meta"), a_map(conv, (1, 32, 32)).to("meta")
+    made = ours(conv, x)
+    assert made.is_meta and made.shape == torchs(conv, x).shape
+    assert footprint(lambda: ours(conv, x)) >= made.nbytes
+
+
 @pytest.fixture
-def doubling_all(monkeypatch):
+def convolving_all(monkeypatch):
     monkeypatch.setattr(convolving, "FEWEST", 1)
 
 
-def test_networks_equal_the_reference(tiny_path, golden, doubling_all):
+def test_networks_equal_the_reference(tiny_path, golden, convolving_all):
     unet, vae = load_unet(tiny_path, TINY_UNET), load_vae(tiny_path)
     for network in (unet, vae):
         convolving.use_in(network)
     eps = unet(golden["unet.x"], golden["unet.t"], golden["unet.context"])
-    assert_parity("tiny U-Net doubling in one, reference", eps, golden["unet.eps"], 1e-5)
+    assert_parity("tiny U-Net convolving for less, reference", eps, golden["unet.eps"], 1e-5)
     for name, decode in (("whole", vae.decode), ("in strips", lambda z: strips.decode(vae, z))):
-        assert_parity(f"tiny VAE doubling in one, {name}", decode(golden["vae.latent"]), golden["vae.decoded"], 1e-5)
+        assert_parity(
+            f"tiny VAE convolving for less, {name}", decode(golden["vae.latent"]), golden["vae.decoded"], 1e-5
+        )
 
 
 @pytest.mark.parametrize("pixels", [1, 100, 1000])
 @pytest.mark.parametrize("tiling", ["none", "x"])
-def test_strips_are_the_whole(tiny_path, monkeypatch, doubling_all, pixels, tiling):
+def test_strips_are_the_whole(tiny_path, monkeypatch, convolving_all, pixels, tiling):
     vae, latents = load_vae(tiny_path), make_tensor("x", [2, 4, 9, 5])
     with seamless(tiling):
         expected = vae.decode(latents)
@@ -141,8 +169,8 @@ def test_other_sizes_are_enlarged_as_ever():
 
 
 def test_models_on_the_cpu_use_it(shipped):
-    enlarging = [
-        layer for network in (shipped.unet, shipped.vae) for layer in network.modules() if isinstance(layer, Upsample)
-    ]
-    assert enlarging
-    assert all(layer.doubled is doubled for layer in enlarging)
+    layers_of = [layer for network in (shipped.unet, shipped.vae) for layer in network.modules()]
+    for kind, way in (ResBlock, "convolve"), (Upsample, "doubled"):
+        ways = [getattr(layer, way) for layer in layers_of if isinstance(layer, kind)]
+        assert ways
+        assert set(ways) == {getattr(convolving, way)}
