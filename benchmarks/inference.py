@@ -77,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.model.exists():
         draw_model(args.model)
-    keep_freed(True)  # for all
+    keep_freed("all")  # for all
     print(f"| {args.dtype}, {args.size}², {torch.get_num_threads()} threads | ours | | theirs | ratio |")
     print("| --- | --- | --- | --- | --- |")
     for row in args.rows:

@@ -26,7 +26,7 @@ from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.runtime import strips
 from ldm.runtime.footprint import footprint
-from ldm.runtime.memory import keep_freed, parse_memory
+from ldm.runtime.memory import KEEPING, keep_freed, parse_memory
 from ldm.runtime.plan import MIB, Job, Plan, fit
 from ldm.runtime.streaming import Streamed, offload, resident, stream, streamable
 from ldm.runtime.tiling import seamless
@@ -123,7 +123,7 @@ def test_weights_are_read_when_their_layer_runs(layer, x):
 def streamed() -> StableDiffusion:
     sd = StableDiffusion.load(device="cpu", dtype="float32", memory=1 << 20)
     yield replace(sd, config=replace(sd.config, image_size=load_small().config.image_size))
-    keep_freed(True)
+    keep_freed("all")
 
 
 def test_streamed_models_draw_the_same(shipped, streamed):
@@ -204,6 +204,9 @@ def test_plans_give_up_what_costs_least_first(hollow):
     assert [bool(p.streamed["text"]) for p in plans] == [False, True, True]
     assert [p.apart for p in plans] == [False, False, True]
     assert [bool(p.streamed["unet"]) for p in plans] == [False, False, True]
+    assert [p.keeps for p in plans] == [True, False, False]
+    frugal = plan(roomy.peak // MIB - 10)  # there is room for all of it, and none for what is freed
+    assert not frugal.tight and not frugal.keeps and frugal.peak < roomy.peak - 50 * MIB
     assert all(0.9 * p.memory <= p.peak <= p.memory for p in others)
     hopeless, large = plan(100), plan(100, torch.bfloat16, width=768, batch_size=4)
     assert hopeless.excess == hopeless.peak - 100 * MIB > 0
@@ -237,13 +240,13 @@ def test_plans_are_printed(capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what is tested is glibc's")
-@pytest.mark.parametrize("keep", [True, False])
-def test_freed_memory_is_kept_or_given_back(keep):
+@pytest.mark.parametrize("which", KEEPING)
+def test_freed_memory_is_kept_or_given_back(which):
     program = f"""
 import torch
 from ldm.runtime.memory import keep_freed, taken, trim
 CPU = torch.device("cpu")
-keep_freed({keep})
+keep_freed({which!r})
 before = taken(CPU)
 for tensor in [torch.ones(10 << 20) for _ in range(4)]:  # of 40 MiB
     del tensor
@@ -253,5 +256,5 @@ print(grown >> 20, taken(CPU) - before >> 20)
 """
     told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     grown, left = map(int, told.split())
-    assert grown >= 120 if keep else grown < 40
+    assert grown >= 120 if which == "all" else grown < 40
     assert left < 40

@@ -70,8 +70,8 @@ def load_model(
     plan = None
     if job:
         plan = make_plan(networks, config, job, torch.device(device), dtype)
-        keeps = plan is None or not plan.tight
-        keep_freed(keeps and not job.int8)  # or what weights were, on their way to eight bits, would be kept
+        kept = "all" if plan is None or plan.keeps else "some"
+        keep_freed("none" if job.int8 else kept)  # or what weights were, on their way to eight bits, would be
         if plan:
             plan.report()
     hold = {"unet": _holder(job, torch.device(device), dtype)}
@@ -79,7 +79,7 @@ def load_model(
         part, away = checkpoint.part(name), plan.away[name] if plan else ()
         fill(network, part, getattr(config, name), device, dtype, allow_nonfinite, away, hold.get(name))
     if job:
-        keep_freed(keeps)
+        keep_freed(kept)
     return Model(**networks, config=config, plan=plan)
 
 

@@ -84,20 +84,24 @@ def _kilobytes(path: str, field: str) -> int | None:
     return found and int(found[1]) * 1024
 
 
-# Settings of glibc's malloc, by their numbers in malloc.h, when what is freed is kept for later tensors and when not.
+# Settings of glibc's malloc, by their numbers in malloc.h: how much of what is freed stays with the process.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-KEEP = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: (1 << 31) - 1}
-GIVE_BACK = {M_MMAP_MAX: 1 << 16, M_MMAP_THRESHOLD: 1 << 20, M_TRIM_THRESHOLD: 1 << 24}
+KEEPING = {
+    "all": {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: (1 << 31) - 1},
+    "some": {M_MMAP_MAX: 1 << 16, M_MMAP_THRESHOLD: 1 << 23, M_TRIM_THRESHOLD: 1 << 26},
+    "none": {M_MMAP_MAX: 1 << 16, M_MMAP_THRESHOLD: 1 << 20, M_TRIM_THRESHOLD: 1 << 24},
+}
 
 
-def keep_freed(keep: bool) -> None:
-    """Whether memory that is freed stays with the process, where the C library is glibc.
+def keep_freed(which: str) -> None:
+    """How much memory that is freed stays with the process, a key of KEEPING, where the C library is glibc.
 
     Its own way is to give each tensor over 32 MB back to the system, whose pages are then cleared anew for the next: a
-    quarter of the time of a U-Net's step. Given back at once, on the other hand, it is not in pieces that fit nothing.
+    quarter of the time of a U-Net's step. What is given back, on the other hand, is not in pieces that fit nothing;
+    tensors below 8 MB are many, and would save little.
     """
     if set_option := _libc("mallopt"):
-        for option, value in (KEEP if keep else GIVE_BACK).items():
+        for option, value in KEEPING[which].items():
             set_option(option, value)
 
 

@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 PLENTY = 2  # times the weights, free
-LATER = 100 * MIB  # of libraries that are loaded, and buffers that they take, when networks first run on the CPU
+LATER = 160 * MIB  # of libraries that are loaded, and buffers that they take, when networks first run on the CPU
 LEFT = 1.05  # of what is counted, for what is not: pieces of memory too small to be given back
+KEPT = 1.25  # of a stage, where what it frees is kept, some of it in pieces that fit nothing
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,16 @@ class Plan:
 
     @property
     def peak(self) -> int:
+        return self._peak(KEPT if self.keeps else 1)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the process keeps memory that it frees, which is faster, and takes more."""
+        return not self.tight and self._peak(KEPT) <= self.memory
+
+    def _peak(self, kept: float) -> int:
         stay = sum(self.weights.values()) - sum(self.streamed.values())
-        return int(LEFT * (self.program + stay + max(self.work.values())))
+        return int(LEFT * (self.program + stay + kept * max(self.work.values())))
 
     @property
     def tight(self) -> bool:
