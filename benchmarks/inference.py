@@ -126,7 +126,10 @@ def step(args: argparse.Namespace) -> Iterator[Line]:
         sides[peer] = UNETS[peer](args, *inputs)
     seconds, answers = by_turns(sides, args.rounds)
     best = min(seconds["ours"])
-    yield Line(f"share of the rate of matrix products, {share_of_products(args, best):.0%}", seconds["ours"])
+    yield Line(
+        f"nominal arithmetic at so much of the rate of matrix products, {share_of_products(args, best):.0%}",
+        seconds["ours"],
+    )
     for peer in args.peers:
         told = "" if answers[peer] is None else f" (apart by {apart(answers['ours'], answers[peer]):.1e})"
         yield Line(f"U-Net step, guidance{told}", seconds["ours"], peer, seconds[peer])

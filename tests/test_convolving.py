@@ -113,12 +113,47 @@ def test_gradients_are_torchs(conv, ways):
 
 
 @pytest.mark.parametrize(("ours", "torchs"), WAYS)
-def test_what_is_taken_is_counted(conv, ours, torchs):
-    """Without data, too: no less than the result, and what kernels take for themselves."""
-    conv, x = conv.to("meta"), a_map(conv, (1, 32, 32)).to("meta")
-    made = ours(conv, x)
-    assert made.is_meta and made.shape == torchs(conv, x).shape
-    assert footprint(lambda: ours(conv, x)) >= made.nbytes
+def test_kernels_are_used_and_counted(conv, ours, torchs, monkeypatch):
+    """With channels that they take; without data, too, where they take what they take for themselves."""
+    if not native.LOADED:
+        pytest.skip("there are no kernels")
+    x = a_map(conv, (1, 32, 32))
+    conv.to("meta")
+    expected = torchs(conv, x.to("meta"))
+    asked = []
+    kernel = native.convolution
+    monkeypatch.setattr(native, "convolution", lambda *args, **kwargs: asked.append(args) or kernel(*args, **kwargs))
+    taken = footprint(lambda: ours(conv, x.to("meta")))
+    assert ours(conv, x.to("meta")).shape == expected.shape
+    assert bool(asked) == (conv.in_channels == 32)
+    if asked:
+        assert taken > expected.nbytes + 36 * 64 * conv.in_channels  # 64 tiles of 6×6 or more, in float32
+
+
+@pytest.mark.parametrize(("ours", "torchs"), WAYS)
+@pytest.mark.parametrize(
+    "change",
+    [{"padding_mode": "circular"}, {"dilation": 2, "padding": 2}, {"groups": 2}, {"kernel_size": 1, "padding": 0}],
+    ids=str,
+)
+def test_other_geometries_are_torchs(ours, torchs, change):
+    other = nn.Conv2d(32, 48, **({"kernel_size": 3, "padding": 1} | change))
+    x = torch.randn(1, 32, 16, 16)
+    assert torch.equal(ours(other, x), torchs(other, x))
+
+
+@pytest.mark.parametrize(("ours", "torchs"), WAYS)
+def test_who_looks_on_is_called(conv, ours, torchs):
+    seen = []
+    conv.register_forward_hook(lambda *args: seen.append(args))
+    ours(conv, a_map(conv, (1, 16, 16)))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(("ours", "torchs"), WAYS)
+def test_autocast_has_its_way(conv, ours, torchs):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(conv, a_map(conv, (1, 16, 16))).dtype == torch.bfloat16
 
 
 @pytest.fixture

@@ -252,9 +252,13 @@ for tensor in [torch.ones(10 << 20) for _ in range(4)]:  # of 40 MiB
     del tensor
 grown = taken(CPU) - before
 trim()
-print(grown >> 20, taken(CPU) - before >> 20)
+left = taken(CPU) - before
+several = [torch.ones(1 << 20) for _ in range(4)]  # of 4 MiB
+del several
+print(grown >> 20, left >> 20, taken(CPU) - before - left >> 20)
 """
     told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    grown, left = map(int, told.split())
+    grown, left, small = map(int, told.split())
     assert grown >= 120 if which == "all" else grown < 40
     assert left < 40
+    assert small < 4 if which == "none" else small >= 12

@@ -47,7 +47,7 @@ def loaded(tmp_path_factory):
         patch.delenv(native.SWITCH, raising=False)
         patch.setattr(native, "LOADED", {})
         native.load.__wrapped__()
-        assert {"attention_float32", "row_statistics_bfloat16", "scale_and_shift_float32"} <= native.LOADED.keys()
+        assert {f"{kernel}_float32" for kernel in native.KERNELS} | {"row_statistics_bfloat16"} <= native.LOADED.keys()
         yield
 
 
@@ -113,6 +113,7 @@ MAPS = [  # batch, height, width, channels, outputs
     (1, 16, 17, 48, 32),
     (3, 9, 8, 32, 80),
     (1, 49, 47, 528, 16),  # more channels, and more tiles, than are taken at once
+    (1, 9, 8, 528, 48),
 ]
 
 
@@ -158,15 +159,42 @@ def test_convolutions_pass_on_what_is_not_a_number(enlarged):
     assert out.isnan().float().mean() < 0.3  # tiles that see it, and no others
 
 
+def test_what_is_no_plain_convolution_is_not_the_kernels():
+    x = torch.randn(1, 32, 16, 16)
+    conv = torch.nn.Conv2d(32, 32, 3, padding=1)
+    assert native.convolves(x, conv.weight, enlarged=False)
+    assert not native.convolves(x.double(), conv.weight, enlarged=False)
+    assert not native.convolves(x, conv.weight.double(), enlarged=False)
+    assert not native.convolves(x[:, :16], conv.weight, enlarged=False)
+    assert not native.convolves(x, torch.nn.Conv2d(32, 32, 3, groups=2).weight, enlarged=False)
+    assert not native.convolves(x, torch.nn.Conv2d(32, 32, 1).weight, enlarged=False)
+    with pytest.raises(RuntimeError, match="a map on cpu is to be convolved with weights on meta"):
+        native.convolution(x, conv.weight.to("meta"), None, (1, 1), False)
+
+
+@pytest.mark.parametrize("enlarged", [False, True])
+def test_wide_vectors(tmp_path, monkeypatch, enlarged):
+    """Those of AVX-512, of which 48 outputs are no whole number of panels, by what the compiler has in their place."""
+    native.compile_to(tmp_path / "wide.so", COMPILER, "-D__AVX512F__", "-Wno-psabi")
+    monkeypatch.setattr(
+        native,
+        "LOADED",
+        native.open_library(tmp_path / "wide.so", ["convolution_float32", "enlarged_convolution_float32"]),
+    )
+    ours, _, exact = convolved((2, 9, 8, 32, 48), (1, 1), enlarged)
+    assert relative_error(ours, exact) < 2e-6
+
+
 def test_threads_change_nothing():
     q, k, v = heads_of(2, 3, 130, 77, 40)
-    together, [map_together, *_] = native.attention(q, k, v), convolved(MAPS[-1], (1, 1), False)
+    together, maps = native.attention(q, k, v), [convolved(MAPS[-2], (1, 1), enlarged)[0] for enlarged in (False, True)]
     threads = torch.get_num_threads()
     for other in (1, 7):
         torch.set_num_threads(other)
         try:
             assert torch.equal(native.attention(q, k, v), together)
-            assert torch.equal(convolved(MAPS[-1], (1, 1), False)[0], map_together)
+            for enlarged, expected in enumerate(maps):
+                assert torch.equal(convolved(MAPS[-2], (1, 1), bool(enlarged))[0], expected)
         finally:
             torch.set_num_threads(threads)
 
@@ -311,9 +339,9 @@ def test_the_cache(tmp_path):
     (cwd / "ldm").mkdir(parents=True)
     (cwd / "ldm" / "__init__.py").write_text("raise SystemExit('foreign code')")
     number, log, [library] = kernels_of_a_process(cache, cwd)
-    assert number >= 7 and "compiling" in log
+    assert number >= 9 and "compiling" in log
     number, log, _ = kernels_of_a_process(cache, cwd)
-    assert number >= 7 and "compiling" not in log
+    assert number >= 9 and "compiling" not in log
     library.chmod(0o777)
     number, log, _ = kernels_of_a_process(cache, cwd)
     assert number == 0 and "others may write to it" in log

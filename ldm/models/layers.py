@@ -98,7 +98,7 @@ def convolve(conv: nn.Module, x: Tensor, padding: tuple[int, int] | None = None)
     if padding is None:
         return conv(x)
     assert isinstance(conv, nn.Conv2d)
-    return F.conv2d(x, conv.weight, conv.bias, conv.stride, padding)
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
 class ResBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""3×3 convolutions on CPUs, for less arithmetic: nothing is approximated, and rounding is as small.
+"""3×3 convolutions on CPUs, for less arithmetic: nothing is approximated, and rounding stays rounding.
 
 By Winograd's algorithm where there is a kernel for it (`kernels/convolution.h`). Where there is none, maps that are
 enlarged first still need no more than four ninths: of the nine pixels that a 3×3 convolution sees of a map enlarged to
@@ -21,10 +21,11 @@ from ldm.models.layers import ResBlock, Upsample
 from ldm.runtime import native, streaming
 
 FEWEST = 256  # pixels that are worth what is made of weights: a quarter as many are not, at 1280 channels
+GEOMETRY = (3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"
 
 
 def use_in(network: nn.Module) -> None:
-    """Let a network on the CPU convolve so. Hooks on those convolutions are passed over."""
+    """Let a network on the CPU convolve so."""
     for layer in network.modules():
         if isinstance(layer, ResBlock):
             layer.convolve = convolve
@@ -34,17 +35,17 @@ def use_in(network: nn.Module) -> None:
 
 def convolve(conv: nn.Module, x: Tensor, padding: tuple[int, int] | None = None) -> Tensor:
     """As `ldm.models.layers.convolve`."""
-    if not _pays(conv, x) or not native.convolves(x, conv.weight, enlarged=False):
+    if not _is_ours(conv, x) or not native.convolves(x, conv.weight, enlarged=False):
         return layers.convolve(conv, x, padding)
     return native.convolution(x, streaming.value_of(conv.weight), conv.bias, padding or (1, 1), enlarged=False)
 
 
 def doubled(conv: nn.Module, x: Tensor) -> Tensor:
     """As `ldm.models.layers.doubled`."""
-    if not _pays(conv, x):
+    if not _is_ours(conv, x):
         return layers.doubled(conv, x)
     weight = streaming.value_of(conv.weight)
-    if native.convolves(x, weight, enlarged=True):
+    if native.convolves(x, conv.weight, enlarged=True):
         return native.convolution(x, weight, conv.bias, (1, 1), enlarged=True)
     batch, _, height, width = x.shape
     size = (batch, len(weight), 2 * height, 2 * width)
@@ -59,12 +60,19 @@ def doubled(conv: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def _pays(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
-    """The same for a picture in any batch, or that would decide on its last digits."""
+def _is_ours(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Whether that is a plain 3×3 convolution, of pixels enough, where nobody learns or looks on.
+
+    How many are enough depends on no batch, or that would decide on the last digits of a picture.
+    """
+    if type(conv) not in (nn.Conv2d, streaming.Conv2d) or conv._forward_hooks or conv._forward_pre_hooks:
+        return False
+    assert isinstance(conv, nn.Conv2d)
     height, width = x.shape[-2:]
     here = x.device.type in ("cpu", "meta")  # where it only counts what is taken
-    plain = type(conv) in (nn.Conv2d, streaming.Conv2d)
-    return here and plain and height * width >= FEWEST and not torch.is_grad_enabled()
+    free = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    return here and free and height * width >= FEWEST and geometry == GEOMETRY
 
 
 def _summed(weight: Tensor, parity: int, dim: int) -> Tensor:

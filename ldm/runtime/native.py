@@ -116,8 +116,10 @@ def gated_gelu(x: Tensor) -> Tensor:
 
 def convolves(x: Tensor, weight: Tensor, enlarged: bool) -> bool:
     """Whether there is a kernel for `convolution`."""
-    outputs, channels, *_ = weight.shape
-    return _kernel(CONVOLUTIONS[enlarged], x, weight) is not None and not outputs % CHANNELS and not channels % CHANNELS
+    outputs, *rest = weight.shape
+    alike = rest == [x.shape[1], 3, 3] and weight.dtype == x.dtype
+    whole = outputs % CHANNELS == 0 and x.shape[1] % CHANNELS == 0
+    return alike and whole and _kernel(CONVOLUTIONS[enlarged], x, weight) is not None
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], enlarged: bool) -> Tensor:
@@ -127,12 +129,14 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[i
     """
     if has_torch_function_unary(x):  # `seamless` has another padding
         return handle_torch_function(convolution, (x,), x, weight, bias, padding, enlarged)
+    if not x.is_meta and not weight.device == x.device == (x if bias is None else bias).device:
+        raise RuntimeError(f"a map on {x.device} is to be convolved with weights on {weight.device}: move one of them")
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     batch, channels, *sides = x.shape
     outputs, scale = len(weight), 2 if enlarged else 1
     size = (batch, outputs, *(scale * (side + 2 * zeros - 2) for side, zeros in zip(sides, padding, strict=True)))
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    bias = x.new_zeros(outputs) if bias is None else bias
+    bias = x.new_zeros(outputs) if bias is None else bias.to(x.dtype)
     kernel = LOADED[_named(CONVOLUTIONS[enlarged], x.dtype)]
     rest = _numbers(batch, *sides, channels, outputs, *padding), torch.get_num_threads()
     space = x.new_empty(kernel(*5 * [None], *rest))
@@ -197,7 +201,12 @@ def _cache() -> Path:
 def _fingerprint() -> str:
     """Of all that the library depends on."""
     cpu = re.findall(r"^(?:model name|flags)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[:2]
-    parts = (*(path.read_text() for path in sorted(SOURCES.iterdir())), *FLAGS, *cpu, torch.__version__)
+    parts = (
+        *(path.read_text() for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])),
+        *FLAGS,
+        *cpu,
+        torch.__version__,
+    )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -238,7 +247,10 @@ def compile_to(library: Path, compiler: str, *flags: str) -> None:
 def open_library(library: Path, names: Iterable[str]) -> dict[str, Callable[..., int]]:
     opened = ctypes.CDLL(str(library))
     refused = () if opened.allow_tiles() else (_named("attention", torch.bfloat16),)
-    return {name: getattr(opened, name) for name in names if hasattr(opened, name) and name not in refused}
+    kernels = {name: getattr(opened, name) for name in names if hasattr(opened, name) and name not in refused}
+    for kernel in kernels.values():
+        kernel.restype = ctypes.c_int64  # of those that answer
+    return kernels
 
 
 def agreeing() -> Iterator[str]:
@@ -247,7 +259,7 @@ def agreeing() -> Iterator[str]:
         x = torch.randn(2, 48, 9, 11).to(dtype, memory_format=torch.channels_last)
         scale, shift = torch.randn(2, 2, 48, 1, 1)
         heads = [layers.split_heads(torch.randn(2, tokens, 80).to(dtype), 2) for tokens in (99, 300, 300)]
-        weight, bias = torch.randn(32, 48, 3, 3).to(dtype), torch.randn(32).to(dtype)
+        weight, bias = torch.randn(80, 48, 3, 3).to(dtype), torch.randn(80).to(dtype)
         tried: list[tuple[Any, ...]] = [
             ("row_statistics", row_statistics, layers.row_statistics, x),
             ("scale_and_shift", scale_and_shift, layers.scale_and_shift, x, scale, shift, True),

@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 PLENTY = 2  # times the weights, free
-LATER = 160 * MIB  # of libraries that are loaded, and buffers that they take, when networks first run on the CPU
+LATER = 170 * MIB  # of libraries that are loaded, and buffers that they take, when networks first run on the CPU
 LEFT = 1.05  # of what is counted, for what is not: pieces of memory too small to be given back
-KEPT = 1.25  # of a stage, where what it frees is kept, some of it in pieces that fit nothing
+KEPT = 1.25  # of a stage on the CPU, where what it frees is kept, some of it in pieces that fit nothing
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Plan:
     work: Mapping[str, int]  # by stage
     away: Mapping[str, Mapping[str, int]]  # weights that are streamed, by network and name
     apart: bool = False  # whether guidance takes an evaluation for each prompt
+    kept: float = KEPT  # times what a stage takes, where what it frees is kept
 
     @property
     def streamed(self) -> dict[str, int]:
@@ -63,12 +64,12 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        return self._peak(KEPT if self.keeps else 1)
+        return self._peak(self.kept if self.keeps else 1)
 
     @property
     def keeps(self) -> bool:
         """Whether the process keeps memory that it frees, which is faster, and takes more."""
-        return not self.tight and self._peak(KEPT) <= self.memory
+        return not self.tight and self._peak(self.kept) <= self.memory
 
     def _peak(self, kept: float) -> int:
         stay = sum(self.weights.values()) - sum(self.streamed.values())
@@ -104,10 +105,11 @@ def make_plan(
         return None
     width, height = (round((side or config.image_size) * job.scale) for side in (job.width, job.height))
     program = taken(device) + (LATER if device.type == "cpu" else 0)
-    return fit(networks, replace(job, memory=memory, width=width, height=height), program, dtype)
+    kept = KEPT if device.type == "cpu" else 1.0
+    return fit(networks, replace(job, memory=memory, width=width, height=height), program, dtype, kept)
 
 
-def fit(networks: Mapping[str, nn.Module], job: Job, program: int, dtype: torch.dtype) -> Plan:
+def fit(networks: Mapping[str, nn.Module], job: Job, program: int, dtype: torch.dtype, kept: float = KEPT) -> Plan:
     """The fastest plan within the memory of a job that leaves nothing open, or the smallest there is.
 
     Given up first is what costs the least time: the text encoder, which runs once a prompt, is streamed; then prompts
@@ -119,7 +121,7 @@ def fit(networks: Mapping[str, nn.Module], job: Job, program: int, dtype: torch.
         for name, network in networks.items()
     }
     away: dict[str, dict[str, int]] = {name: {} for name in networks}
-    plan = Plan(job.memory, program, _weights(networks, dtype, job.int8), _work(networks, job, dtype), away)
+    plan = Plan(job.memory, program, _weights(networks, dtype, job.int8), _work(networks, job, dtype), away, kept=kept)
     if plan.excess:
         plan = replace(plan, away=away | {"text": candidates["text"]})
     if plan.excess:
@@ -159,6 +161,10 @@ def _work(networks: Mapping[str, nn.Module], job: Job, dtype: torch.dtype, apart
     unet, vae = networks["unet"], networks["vae"]
     assert isinstance(unet, UNet)
     assert isinstance(vae, VAE)
+    for network in (unet, vae):
+        for weight in network.parameters():
+            if weight.ndim == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)  # as it will be
     assert job.width is not None
     assert job.height is not None
     height, width = (max(side // vae.config.downsampling, 1) for side in (job.height, job.width))

@@ -18,6 +18,7 @@ from ldm.models.layers import GroupNorm, ResBlock, Upsample, convolve
 from ldm.models.vae import VAE, DiagonalGaussian, Downsample
 
 STRIP_PIXELS = 1 << 14  # of a map at once
+TILE = 4  # rows of what Winograd's convolutions make at once, which strips are not to cut
 
 
 class Rows(NamedTuple):
@@ -29,6 +30,7 @@ class Rows(NamedTuple):
 
     def strips(self) -> Iterator[tuple[int, int]]:
         step = max(1, STRIP_PIXELS // self.width)
+        step -= step % TILE if step > TILE else 0
         return ((start, min(start + step, self.height)) for start in range(0, self.height, step))
 
 

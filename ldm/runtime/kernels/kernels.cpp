@@ -32,9 +32,9 @@ ATTENTION(bfloat16, bf16)
 #endif
 
 #define CONVOLUTION(name, Axis)                                                                                        \
-  int name(const float* x, const float* weight, const float* bias, float* out, float* space, const Maps* maps,        \
-           int threads) {                                                                                             \
-    return int(Winograd<Axis>(*maps, threads).run(x, weight, bias, out, space));                                      \
+  int64_t name(const float* x, const float* weight, const float* bias, float* out, float* space, const Maps* maps,    \
+               int threads) {                                                                                         \
+    return Winograd<Axis>(*maps, threads).run(x, weight, bias, out, space);                                           \
   }
 CONVOLUTION(convolution_float32, Filtered)
 CONVOLUTION(enlarged_convolution_float32, Enlarged)

@@ -19,23 +19,24 @@
 template <class T> struct Tiles;
 
 template <> struct Tiles<float> {
+  static constexpr int STEP = 6;  // rows at once, to whose multiple other numbers of `rows` are read and written
   static constexpr int ROWS = 48, PANEL = 2 * WIDTH, DEPTH = 1, KEYS = 128, EXP_DEGREE = 7;
 
   template <int VECTORS>
   static inline void block(const float* a, int lda, const float* b, float* c, int ldc, int depth, bool add) {
-    Floats sums[6][VECTORS];
-    for (int r = 0; r < 6; r++)
+    Floats sums[STEP][VECTORS];
+    for (int r = 0; r < STEP; r++)
       for (int v = 0; v < VECTORS; v++) sums[r][v] = add ? load(c + r * ldc + v * WIDTH) : Floats{};
     for (int k = 0; k < depth; k++)
-      for (int r = 0; r < 6; r++)
+      for (int r = 0; r < STEP; r++)
         for (int v = 0; v < VECTORS; v++) sums[r][v] += a[r * lda + k] * load(b + k * PANEL + v * WIDTH);
-    for (int r = 0; r < 6; r++)
+    for (int r = 0; r < STEP; r++)
       for (int v = 0; v < VECTORS; v++) store(c + r * ldc + v * WIDTH, sums[r][v]);
   }
   static void product(const float* a, int lda, const float* b, int64_t panel, float* c, int ldc, int columns, int depth,
                       bool add, int rows = ROWS) {
     for (int j = 0; j < columns; j += PANEL, b += panel)
-      for (int i = 0; i < rows; i += 6)
+      for (int i = 0; i < rows; i += STEP)
         if (columns - j > WIDTH)
           block<2>(a + i * lda, lda, b, c + i * ldc + j, ldc, depth, add);
         else
