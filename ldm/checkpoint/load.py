@@ -71,7 +71,7 @@ def load_model(
     if job:
         plan = make_plan(networks, config, job, torch.device(device), dtype)
         kept = "all" if plan is None or plan.keeps else "some"
-        keep_freed("none" if job.int8 else kept)  # or what weights were, on their way to eight bits, would be
+        keep_freed("all" if kept == "all" and not job.int8 else "none")  # of what weights were on their way
         if plan:
             plan.report()
     hold = {"unet": _holder(job, torch.device(device), dtype)}

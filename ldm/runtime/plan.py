@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 PLENTY = 2  # times the weights, free
-LATER = 190 * MIB  # of libraries that are loaded, and buffers that they take, when networks first run on the CPU
+LATER = 160 * MIB  # of libraries that are loaded, and buffers that they take, when networks first run on the CPU
 LEFT = 1.05  # of what is counted, for what is not: pieces of memory too small to be given back
 KEPT = 1.25  # of a stage on the CPU, where what it frees is kept, some of it in pieces that fit nothing
 
