@@ -109,8 +109,9 @@ def _open_model(
     for name in NAMES:
         checkpoint.part(name)  # or what is missing is told
     networks = {name: build(checkpoint, name, getattr(config, name)) for name in NAMES}
-    if torch.device(device).type == "cpu":
-        for network in networks.values():
+    for network in networks.values():
+        network.to(memory_format=torch.channels_last)  # as weights are read, for plans to count no copies
+        if torch.device(device).type == "cpu":
             native.use_in(network)
             convolving.use_in(network)
     return checkpoint, config, networks

@@ -161,10 +161,6 @@ def _work(networks: Mapping[str, nn.Module], job: Job, dtype: torch.dtype, apart
     unet, vae = networks["unet"], networks["vae"]
     assert isinstance(unet, UNet)
     assert isinstance(vae, VAE)
-    for network in (unet, vae):
-        for weight in network.parameters():
-            if weight.ndim == 4:
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)  # as it will be
     assert job.width is not None
     assert job.height is not None
     height, width = (max(side // vae.config.downsampling, 1) for side in (job.height, job.width))
