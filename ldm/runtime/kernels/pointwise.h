@@ -36,7 +36,7 @@ static void scale_and_shift(const T* x, const float* scale, const float* shift, 
     const int64_t of = p / pixels * channels, at = p * channels;
     for (int64_t c = 0; c < channels; c += WIDTH) {
       Floats y = load(x + at + c) * load(scale + of + c) + load(shift + of + c);
-      if (silu) y = y / (1.f + exp2<7>(minimum(Floats{} + 126.f, y * -1.4426950408889634f)));
+      if (silu) y = y / (1.f + exp2<6>(minimum(Floats{} + 126.f, y * -1.4426950408889634f)));
       store(out + at + c, y);
     }
   }
@@ -50,7 +50,7 @@ static inline Floats erfc(Floats z) {
                              -0.18628806f, 0.09678418f,  0.37409196f, 1.00002368f,  -1.26551223f};
   Floats t = 1.f / (1.f + 0.5f * z), sum = Floats{};
   for (float term : terms) sum = sum * t + term;
-  return t * exp2<7>((sum - z * z) * 1.4426950408889634f);
+  return t * exp2<6>((sum - z * z) * 1.4426950408889634f);
 }
 
 // out (tokens, size) = value gelu(gate), of x (tokens, 2 size): values, then gates.

@@ -20,7 +20,7 @@ template <class T> struct Tiles;
 
 template <> struct Tiles<float> {
   static constexpr int STEP = 6;  // rows at once, to whose multiple other numbers of `rows` are read and written
-  static constexpr int ROWS = 48, PANEL = 2 * WIDTH, DEPTH = 1, KEYS = 128, EXP_DEGREE = 7;
+  static constexpr int ROWS = 48, PANEL = 2 * WIDTH, DEPTH = 1, KEYS = 128, EXP_DEGREE = 6;
 
   template <int VECTORS>
   static inline void block(const float* a, int lda, const float* b, float* c, int ldc, int depth, bool add) {
@@ -69,7 +69,7 @@ static void play_product(int c, int a, int b) {
 #endif
 
 template <> struct Tiles<bf16> {
-  static constexpr int ROWS = 32, PANEL = 16, DEPTH = 32, KEYS = 256, EXP_DEGREE = 4;
+  static constexpr int ROWS = 32, PANEL = 16, DEPTH = 32, KEYS = 256, EXP_DEGREE = 3;
 
   // Tiles 0 to 3 are of c, 4 and 5 of a, 6 and 7 of b: each that is loaded is used twice.
   template <bool TWO>

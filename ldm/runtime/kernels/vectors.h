@@ -7,6 +7,10 @@
 #include <cstring>
 #include <type_traits>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #ifdef __AVX512F__
 constexpr int WIDTH = 16;
 #else
@@ -27,8 +31,12 @@ static inline Floats load(const bf16* from) {
 }
 static inline void store(float* to, Floats x) { *(Floats*)to = x; }
 static inline void store(bf16* to, Floats x) {  // to the nearest, ties to even
+#ifdef __AVX512BF16__
+  *(Halves*)to = (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
   Ints bits = (Ints)x;
   *(Halves*)to = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+#endif
 }
 static inline float number(float x) { return x; }
 static inline float number(bf16 x) {
@@ -47,14 +55,21 @@ static inline void store_one(bf16* to, float x) {
 static inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 static inline Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
 
-// 2^x by Taylor's series around the nearest whole number; what is below 2^-126, and -infinity, is 2^-126.
+// Of the polynomials of 2^x between -1/2 and 1/2 with the least relative error: 7.5e-5, and 1.6e-8 in float32.
+template <int DEGREE> constexpr float TERMS[DEGREE + 1] = {};
+template <> constexpr float TERMS<3>[] = {0.99992806f, 0.69326097f, 0.24261113f, 0.05517167f};
+template <>
+constexpr float TERMS<6>[] = {1.f,           0.6931472f,  0.24022646f,  0.055503286f,
+                              0.009618489f, 0.0013399931f, 1.5345812e-4f};
+
+// 2^x, by the one around the nearest whole number; what is below 2^-126, and -infinity, is 2^-126.
 template <int DEGREE> static inline Floats exp2(Floats x) {
-  constexpr float terms[] = {1.f,           6.9314718e-1f, 2.4022651e-1f, 5.5504109e-2f,
-                             9.6181291e-3f, 1.3333558e-3f, 1.5403530e-4f, 1.5252734e-5f};
   constexpr float magic = 12582912.f;  // 1.5 * 2^23: floats this large have no fractions
-  x = maximum(Floats{} - 126.f, x);
-  Floats whole = x + magic, fraction = x - (whole - magic), sum = Floats{} + terms[DEGREE];
-  for (int n = DEGREE - 1; n >= 0; n--) sum = sum * fraction + terms[n];
+  float least = -126.f;
+  asm("" : "+x"(least));  // of a maximum with a constant GCC makes a comparison and a choice
+  x = maximum(Floats{} + least, x);
+  Floats whole = x + magic, fraction = x - (whole - magic), sum = Floats{} + TERMS<DEGREE>[DEGREE];
+  for (int n = DEGREE - 1; n >= 0; n--) sum = sum * fraction + TERMS<DEGREE>[n];
   return (Floats)((Ints)sum + ((Ints)whole << 23));
 }
 
