@@ -54,9 +54,7 @@ template <class T> struct Attention : Tiles<T> {
         for (int64_t n = std::max<int64_t>(s.keys - j, 0); n < width; n++) row[n] = -INFINITY;
         Floats high = load(row);
         for (int n = WIDTH; n < width; n += WIDTH) high = maximum(high, load(row + n));
-        float now = high[0];
-        for (int n = 1; n < WIDTH; n++) now = std::max(now, high[n]);
-        now *= scale;
+        const float now = highest(high) * scale;
         if (j == 0) {
           most[r] = now;
           norm[r] = Floats{};

@@ -55,6 +55,25 @@ static inline void store_one(bf16* to, float x) {
 static inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 static inline Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
 
+// Each number in the place of the one that is BY from it.
+template <int BY> static inline Floats exchanged(Floats x) {
+#ifdef __clang__
+  Floats result;
+  for (int n = 0; n < WIDTH; n++) result[n] = x[n ^ BY];
+  return result;
+#else
+  Ints places;
+  for (int n = 0; n < WIDTH; n++) places[n] = n ^ BY;
+  return __builtin_shuffle(x, places);
+#endif
+}
+template <int HALF = WIDTH / 2> static inline float highest(Floats x) {
+  if constexpr (HALF == 0)
+    return x[0];
+  else
+    return highest<HALF / 2>(maximum(x, exchanged<HALF>(x)));
+}
+
 // Of the polynomials of 2^x between -1/2 and 1/2 with the least relative error: 7.5e-5, and 1.6e-8 in float32.
 template <int DEGREE> constexpr float TERMS[DEGREE + 1] = {};
 template <> constexpr float TERMS<3>[] = {0.99992806f, 0.69326097f, 0.24261113f, 0.05517167f};
