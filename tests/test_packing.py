@@ -111,12 +111,18 @@ def test_nothing_keeps_a_layer():
         assert left == [None, None]
 
 
-def test_gradients_pass_through(layers):
+@pytest.mark.parametrize("of_bias", [False, True])
+def test_gradients_pass_through(layers, of_bias):
     plain, layer, x = layers
-    x.requires_grad_()
-    with torch.enable_grad():
-        ours, theirs = (torch.autograd.grad(each(x).square().sum(), x)[0] for each in (layer, plain))
-    assert relative_error(ours, theirs) <= TOLERANCE[x.dtype]
+    if of_bias and plain.bias is None:
+        pytest.skip("it has no bias")
+    grads = []
+    for each in (layer, plain):
+        each.requires_grad_(False)
+        learning = (each.bias if of_bias else x).requires_grad_()
+        with torch.enable_grad():
+            grads += torch.autograd.grad(each(x).square().sum(), learning)
+    assert relative_error(*grads) <= TOLERANCE[x.dtype]
 
 
 @pytest.mark.parametrize("tiling", ["x", "y", "both"])
@@ -131,6 +137,13 @@ def test_models_draw_the_same(shipped, packed):
     assert held.keys() == streamable(shipped.unet).keys()
     assert not any(isinstance(weight, Packed) for net in (packed.vae, packed.text) for weight in net.parameters())
     request = Request("a red circle", seed=3, steps=4, width=SIDE, height=SIDE)
+    ours, theirs = (np.asarray(model.generate(request)[0]).astype(int) for model in (packed, shipped))
+    assert np.abs(ours - theirs).max() <= 1
+
+
+def test_tokens_are_merged_all_the_same(shipped, packed):
+    """Token merging meets a layer that is packed."""
+    request = Request("a red circle", seed=3, steps=2, width=SIDE, height=SIDE, token_merging=0.5)
     ours, theirs = (np.asarray(model.generate(request)[0]).astype(int) for model in (packed, shipped))
     assert np.abs(ours - theirs).max() <= 1
 

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ldm.models.unet import UNet
+from ldm.runtime.packing import ONEDNN
+
+LINEAR = F.linear, getattr(ONEDNN, "_linear_pointwise", None)  # what layers call, with their bias third
 
 
 def merging(unet: UNet, share: float, size: Sequence[int]) -> AbstractContextManager[object]:
@@ -84,7 +87,7 @@ class _Merging(TorchFunctionMode):
             if x.shape[1] == self.height * self.width:  # no other level has as many
                 self.matching = Matching(x, self.height, self.width, self.share)
                 return self.matching.merge(answer)
-        if func is F.linear and self.matching and id(args[2]) in self.after:
+        if func in LINEAR and self.matching and id(args[2]) in self.after:
             matching, self.matching = self.matching, None
             return matching.unmerge(answer)
         return answer

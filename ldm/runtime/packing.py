@@ -62,7 +62,7 @@ class _Linear(streaming.Linear):
         return _order_linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if _learns(x):
+        if _learns(x, self.bias):
             return super().forward(x)
         # One order does for any number of rows.
         return ONEDNN._linear_pointwise(x, self.weight.read.packed(x.shape[-1:]), self.bias, *PLAIN)
@@ -75,7 +75,7 @@ class _Conv2d(streaming.Conv2d):
         return partial(_order_convolution, self._geometry())
 
     def forward(self, x: Tensor) -> Tensor:
-        if _learns(x):
+        if _learns(x, self.bias):
             return super().forward(x)
         packed = self.weight.read.packed(x.shape)
         return ONEDNN._convolution_pointwise(x, packed, self.bias, *self._geometry(), *PLAIN)
@@ -95,9 +95,9 @@ def _order_convolution(geometry: tuple[Any, ...], weight: Tensor, shape: torch.S
     return ONEDNN._reorder_convolution_weight(weight, *geometry, shape)
 
 
-def _learns(x: Tensor) -> bool:
+def _learns(x: Tensor, bias: Tensor | None) -> bool:
     """Whether a gradient is asked for, which oneDNN's operators have none of."""
-    return torch.is_grad_enabled() and x.requires_grad
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
 def pack(layer: nn.Module, weight: Tensor) -> Packed:
