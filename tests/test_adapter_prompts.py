@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import SMALL
@@ -84,6 +88,29 @@ def test_a_tag_in_the_negative_prompt_is_ignored(drawing, caplog):
     plain = draw(drawing, PROMPT, negative_prompt="a star")
     assert draw(drawing, PROMPT, negative_prompt="a star<lora:style>") == plain
     assert "a negative prompt takes no LoRAs: style ignored" in caplog.text
+
+
+def test_threads_keep_their_loras_to_themselves(drawing):
+    """Two begin at once: each draws its own picture or is told of the other, and the weights are as before."""
+    before = snapshot(drawing)
+    alone = {name: draw(drawing, f"{PROMPT}<lora:{name}>") for name in ("style", "other")}
+    together = threading.Barrier(2)
+
+    def begin(name: str) -> bool:
+        together.wait(10)
+        try:
+            return draw(drawing, f"{PROMPT}<lora:{name}>") == alone[name]
+        except RequestError as error:
+            return "another picture is being made with LoRAs" in str(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            assert all(pool.map(begin, alone))
+    finally:
+        sys.setswitchinterval(interval)
+    assert_restored(drawing, before)
 
 
 def test_streams_keep_their_loras_to_themselves(drawing):

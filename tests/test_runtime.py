@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -72,6 +74,20 @@ def test_out_of_memory_moves_on_to_the_next_plan_for_good(caplog, error):
     assert caplog.text.count("out of memory") == 2
     with pytest.raises(type(error)):
         first_that_fits({"a": plan("a", False)})(1)
+
+
+def test_threads_run_out_of_memory_together(caplog):
+    """The slower ones of those that fail at the first plan find it gone already."""
+    all_have_begun = threading.Barrier(4)
+
+    def large(x):
+        all_have_begun.wait(10)
+        raise MemoryError
+
+    run = first_that_fits({"large": large, "small": lambda x: x + 1})
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(4))) == [1, 2, 3, 4]
+    assert caplog.text.count("out of memory") == 1
 
 
 def test_other_errors_are_not_taken_for_short_memory():

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import RLock
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +54,17 @@ class Adapters:
         self._loaded: list[Dose] = []
         self._prompted: list[Dose] = []  # those of the prompt that is being drawn
         self.active: tuple[Dose, ...] = ()  # in the weights now
+        self._changing = RLock()  # so that of two threads one finds the other's
 
     def add(self, dose: Dose) -> Handle:
         """Merge a LoRA until the handle removes it. Where this fails, the weights are as they were."""
-        self._set([*self._loaded, dose], self._prompted)
-        return Handle(dose.lora.name, lambda: self._set([d for d in self._loaded if d is not dose], self._prompted))
+        with self._changing:
+            self._set([*self._loaded, dose], self._prompted)
+        return Handle(dose.lora.name, lambda: self._remove(dose))
+
+    def _remove(self, dose: Dose) -> None:
+        with self._changing:
+            self._set([each for each in self._loaded if each is not dose], self._prompted)
 
     @property
     def loaded(self) -> dict[str, Lora]:
@@ -70,19 +77,20 @@ class Adapters:
 
         Raises RequestError while another prompt's are in the weights: each would draw with those of both.
         """
-        if self._prompted:
-            names = ", ".join(sorted({dose.lora.name for dose in self._prompted}))
-            raise RequestError(
-                f"another picture is being made with LoRAs of its prompt ({names}): finish or close it first"
-            )
-        if not doses:
-            yield
-            return
-        self._set(self._loaded, list(doses))
+        with self._changing:
+            if self._prompted:
+                names = ", ".join(sorted({dose.lora.name for dose in self._prompted}))
+                raise RequestError(
+                    f"another picture is being made with LoRAs of its prompt ({names}): finish or close it first"
+                )
+            if doses:
+                self._set(self._loaded, list(doses))
         try:
             yield
         finally:
-            self._set(self._loaded, [])
+            if doses:
+                with self._changing:
+                    self._set(self._loaded, [])
 
     @torch.no_grad()
     def _set(self, loaded: list[Dose], prompted: list[Dose]) -> None:
