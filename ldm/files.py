@@ -72,13 +72,13 @@ def remove_unfinished(folder: Path, names: str) -> None:
 
 
 @contextmanager
-def staged_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(path: Path, overwrite: bool = False, mode: int = 0o777) -> Iterator[Path]:
     """As `staged_file`, for a folder. Raises FileExistsError where `path` is no empty folder, unless `overwrite`."""
     with naming(path):
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=UNFINISHED))
         try:
             yield temporary
-            temporary.chmod(0o777 & ~_umask())
+            temporary.chmod(mode & ~_umask())
             if overwrite and path.exists():
                 _exchange(temporary, path)
             else:

@@ -273,7 +273,14 @@ def test_the_shipped_networks_compute_the_same():
 
 def test_tensors_that_differ_are_torchs_matter():
     q, k, v = heads_of(2, 1, 5, 7, 8)
-    assert torch.equal(native.attention(q, k[:1], v[:1]), layers.attention(q, k[:1], v[:1]))
+    for keys, values in (k[:1], v[:1]), (k, torch.cat([v, v], dim=-1)):
+        assert torch.equal(native.attention(q, keys, values), layers.attention(q, keys, values))
+    q, k, v = heads_of(1, 4, 5, 7, 8)
+    assert torch.equal(native.attention(q, k[:, :1], v[:, :1]), layers.attention(q, k[:, :1], v[:, :1]))
+    x = torch.randn(2, 48, 5, 5).contiguous(memory_format=torch.channels_last)
+    scale, shift = torch.randn(2, 1, 48, 1, 1)
+    ours, theirs = (way.scale_and_shift(x, scale, shift, False) for way in (native, layers))
+    assert torch.equal(ours, theirs)
     with pytest.raises(RuntimeError, match="dtype"):
         native.attention(q, k.bfloat16(), v.bfloat16())
 
@@ -321,7 +328,8 @@ def kernels_of_a_process(cache, cwd=None, **env):
     ("env", "told"),
     [
         ({"CXX": "no-such-compiler"}, "there is no C++ compiler"),
-        ({"CXX": "false"}, "kernels cannot be made or loaded"),
+        ({"CXX": "false"}, "kernels cannot be compiled"),
+        ({"CXX": "c++ --no-such-option"}, "no-such-option"),
         ({native.SWITCH: "0"}, ""),
         ({"XDG_CACHE_HOME": "/proc/none"}, "kernels cannot be made or loaded"),
     ],
@@ -342,13 +350,32 @@ def test_the_cache(tmp_path):
     assert number >= 9 and "compiling" in log
     number, log, _ = kernels_of_a_process(cache, cwd)
     assert number >= 9 and "compiling" not in log
-    library.chmod(0o777)
+    assert library.parent.stat().st_mode & 0o777 == 0o700
+    for path in library, library.parent, library.parent.parent:
+        path.chmod(0o777)
+        number, log, _ = kernels_of_a_process(cache, cwd)
+        assert number == 0 and "others may write to it" in log
+        path.chmod(0o700)
+    (library.parent / native.TRUSTED).write_text("")
     number, log, _ = kernels_of_a_process(cache, cwd)
-    assert number == 0 and "others may write to it" in log
-    library.chmod(0o700)
+    assert number == 0 and "these kernels crash or are wrong here" in log
     library.write_bytes(b"damaged")
     number, log, _ = kernels_of_a_process(cache, cwd)
     assert number == 0 and "kernels cannot be made or loaded" in log
+
+
+def test_a_cache_that_others_write_to_is_left_alone(tmp_path):
+    """Before anything is compiled in it, and run."""
+    (tmp_path / "cache" / "ldm").mkdir(parents=True)
+    (tmp_path / "cache" / "ldm").chmod(0o777)
+    number, log, libraries = kernels_of_a_process(tmp_path / "cache")
+    assert (number, libraries) == (0, [])
+    assert "others may write to it" in log
+
+
+def test_a_compiler_with_options(tmp_path):
+    number, _, _ = kernels_of_a_process(tmp_path / "cache", CXX="c++ -fno-math-errno")
+    assert number >= 9
 
 
 def trusted_of(folder, monkeypatch, file, **changes):

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -48,6 +49,13 @@ KERNELS = ("row_statistics", "scale_and_shift", "gated_gelu", "attention", *CONV
 LOADED: dict[str, Callable[..., int]] = {}  # the kernels there are, by name and type
 
 
+def _named(kernel: str, dtype: torch.dtype) -> str:
+    return f"{kernel}_{str(dtype)[6:]}"
+
+
+EVERY = [_named(kernel, dtype) for kernel in KERNELS for dtype in (torch.float32, torch.bfloat16)]
+
+
 def use_in(network: nn.Module) -> None:
     """Let a network on the CPU run by these kernels, where there are any."""
     load()
@@ -64,7 +72,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As `ldm.models.layers.attention`."""
     batch, heads, queries, size = q.shape
     kernel = _kernel("attention", q, k, v)
-    alike = all(t.dtype == q.dtype and len(t) == batch and t.stride(3) == 1 for t in (q, k, v))
+    alike = k.shape == v.shape == (batch, heads, k.shape[2], size)
+    alike = alike and all(t.dtype == q.dtype and t.stride(3) == 1 for t in (q, k, v))
     if kernel is None or size > MOST_HEAD or not alike:
         return layers.attention(q, k, v)
     out = q.new_empty(batch, queries, heads * size)
@@ -91,7 +100,8 @@ def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
     """As `ldm.models.layers.scale_and_shift`."""
     kernel = _kernel("scale_and_shift", x, scale, shift)
-    if kernel is None or not _is_flat(x) or scale.dtype != torch.float32:
+    alike = scale.shape == shift.shape == (*x.shape[:2], 1, 1) and scale.dtype == shift.dtype == torch.float32
+    if kernel is None or not _is_flat(x) or not alike:
         return layers.scale_and_shift(x, scale, shift, silu)
     out = torch.empty_like(x)
     if not x.is_meta:
@@ -153,10 +163,6 @@ def _kernel(name: str, *tensors: Tensor) -> Callable[..., int] | None:
     return LOADED.get(_named(name, tensors[0].dtype))
 
 
-def _named(kernel: str, dtype: torch.dtype) -> str:
-    return f"{kernel}_{str(dtype)[6:]}"
-
-
 def _is_flat(x: Tensor) -> bool:
     """Whether the pixels of (b, c, h, w) follow each other without gaps."""
     return x.is_contiguous(memory_format=torch.channels_last)
@@ -183,13 +189,19 @@ def load() -> None:
     try:
         folder = _cache() / f"kernels-{_fingerprint()}"
         if not folder.is_dir():
-            compiler = shutil.which(os.environ.get("CXX", "c++"))
-            if compiler is None:
-                log.info("there is no C++ compiler, so torch's kernels are used, which are slower")
+            compiler, *options = shlex.split(os.environ.get("CXX") or "c++")
+            if shutil.which(compiler) is None:
+                log.info("there is no C++ compiler (%s), so torch's kernels are used, which are slower", compiler)
                 return
-            make(folder, compiler)
-        _refuse_others(folder)
-        LOADED.update(open_library(folder / LIBRARY, (folder / TRUSTED).read_text().split()))
+            make(folder, compiler, *options)
+        _refuse_others(folder.parent, folder, folder / LIBRARY)
+        every, trusted = open_library(folder / LIBRARY, EVERY), (folder / TRUSTED).read_text().split()
+        if wrong := every.keys() - trusted:
+            log.warning("these kernels crash or are wrong here, torch's are slower: %s", ", ".join(sorted(wrong)))
+        LOADED.update({name: kernel for name, kernel in every.items() if name not in wrong})
+    except subprocess.CalledProcessError as error:
+        told = error.stderr.decode(errors="replace").strip()[-200:]
+        log.warning("kernels cannot be compiled, torch's are slower (%s=0 tries none): %s", SWITCH, told or error)
     except (OSError, RuntimeError, AttributeError, ValueError, subprocess.SubprocessError) as error:
         log.warning("kernels cannot be made or loaded, torch's are slower (%s=0 tries none): %s", SWITCH, error)
 
@@ -210,23 +222,23 @@ def _fingerprint() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _refuse_others(folder: Path) -> None:
-    """Raises OSError where a library, which can do anything, may be somebody else's."""
-    for path in (folder.parent, folder, folder / LIBRARY):
+def _refuse_others(*paths: Path) -> None:
+    """Raises OSError where a library there, which can do anything, may be somebody else's."""
+    for path in paths:
         if path.stat().st_uid != os.geteuid() or path.stat().st_mode & 0o022:
             raise OSError(f"{path} is another user's, or others may write to it: remove it")
 
 
-def make(folder: Path, compiler: str) -> None:
+def make(folder: Path, *compiler: str) -> None:
     """Compile, and let another process, lest this one crashes, tell which kernels agree with torch."""
     log.info("compiling kernels for this CPU, once")
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with suppress(FileExistsError), staged_folder(folder) as temporary:  # another may have made it by now
+    _refuse_others(folder.parent)
+    with suppress(FileExistsError), staged_folder(folder, mode=0o700) as temporary:  # another may have made it by now
         library = temporary / LIBRARY
-        compile_to(library, compiler)
+        compile_to(library, *compiler)
         (temporary / TRUSTED).write_text(_check(library))
         library.chmod(0o700)
-    folder.chmod(0o700)
 
 
 def _check(library: Path) -> str:
@@ -239,8 +251,8 @@ def _check(library: Path) -> str:
     return run.stdout
 
 
-def compile_to(library: Path, compiler: str, *flags: str) -> None:
-    command = [compiler, *FLAGS, *flags, str(SOURCES / "kernels.cpp"), "-o", str(library)]
+def compile_to(library: Path, *compiler: str) -> None:
+    command = [*compiler, *FLAGS, str(SOURCES / "kernels.cpp"), "-o", str(library)]
     subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
 
 
@@ -280,7 +292,6 @@ def _torchs_convolution(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[
 
 
 if __name__ == "__main__":
-    every = [_named(kernel, dtype) for kernel in KERNELS for dtype in (torch.float32, torch.bfloat16)]
-    LOADED.update(open_library(Path(sys.argv[1]), every))
+    LOADED.update(open_library(Path(sys.argv[1]), EVERY))
     for name in agreeing():
         print(name, flush=True)
