@@ -343,6 +343,13 @@ def test_black_images_are_made_again_in_float32(shipped, caplog):
             call()
 
 
+def test_what_overflows_in_float32_is_not_tried_twice(shipped, caplog):
+    broken = replace(shipped, vae=overflowing(shipped.vae, also_in_float32=True))
+    with pytest.raises(NumericalError, match="weights are damaged"):
+        broken.decode(torch.zeros(1, 4, 8, 8))
+    assert "running it in float32" not in caplog.text
+
+
 def test_overflowing_latents_are_an_error(shipped):
     nan = torch.full((1, 4, 8, 8), float("nan"))
     with pytest.raises(NumericalError, match="the sampler diverged: lower cfg_scale"):
