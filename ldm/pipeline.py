@@ -365,7 +365,7 @@ class StableDiffusion:
     @cached_property
     def _codec(self) -> Codec:
         taesd = self.taesd if self.taesd_finals else None
-        in_strips = self.device.type == "cpu" or (self.plan is not None and self.plan.tight)  # on CPUs it takes as long
+        in_strips = self.device.type == "cpu" or self.plan is not None  # as plans count it; on CPUs it takes as long
         return Codec(self.vae, self.config.vae.scale_factor, self.device, self.dtype, taesd, in_strips)
 
     @cached_property

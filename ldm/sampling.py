@@ -25,6 +25,8 @@ from ldm.runtime.tiling import seamless
 
 log = logging.getLogger(__name__)
 
+MOST_KEPT = 4  # sets of keys and values: prompts may be others at each step
+
 
 class Branch(NamedTuple):
     """What the U-Net is told of one picture, besides the picture as it is."""
@@ -73,6 +75,8 @@ class Predictor:
         """Those of all contexts, each for a whole batch; the caller keeps the contexts, whose identity tells them."""
         key = (batch, *map(id, contexts))
         if key not in self._keys_values:
+            for oldest in list(self._keys_values)[: 1 - MOST_KEPT]:
+                del self._keys_values[oldest]
             states = torch.cat([context.to(self.device, self.dtype) for context in contexts])
             self._keys_values[key] = [
                 (k.repeat_interleave(batch, dim=0), v.repeat_interleave(batch, dim=0))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
+import shutil
 import subprocess
 import sys
 import weakref
@@ -14,19 +16,21 @@ import pytest
 import torch
 from conftest import SHIPPED, load_small, relative_error
 from lora_files import lora, saved
+from safetensors.torch import load_file, save_file
 from synthetic import make_tensor
 from torch import nn
 
 from ldm import Request, StableDiffusion, VAEConfig
+from ldm.checkpoint import load
 from ldm.cli import main
 from ldm.config import SD_V1
-from ldm.errors import RequestError
+from ldm.errors import CheckpointError, RequestError
 from ldm.models.layers import GroupNorm, row_statistics
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.runtime import strips
 from ldm.runtime.footprint import footprint
-from ldm.runtime.memory import KEEPING, keep_freed, parse_memory
+from ldm.runtime.memory import KEEPING, control_group_limit, keep_freed, parse_memory
 from ldm.runtime.plan import MIB, Job, Plan, fit
 from ldm.runtime.streaming import Streamed, offload, resident, stream, streamable
 from ldm.runtime.tiling import seamless
@@ -227,6 +231,48 @@ def test_sizes_of_memory(text):
 def test_sizes_that_are_none(text):
     with pytest.raises(RequestError, match="use a size such as 4G or 1500M"):
         parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "allowed"),
+    [
+        ("", {}, math.inf),
+        ("0::/\n", {"memory.max": "max\n"}, math.inf),
+        ("0::/\n", {"memory.max": "3000\n"}, 3000),  # as in a container
+        ("0::/user/me\n", {"user/memory.max": "2000", "user/me/memory.max": "max"}, 2000),
+        ("9:cpu:/a\n4:memory:/jobs/7\n", {"memory/jobs/7/memory.limit_in_bytes": "700", "memory/x": "1"}, 700),
+        ("4:memory:/elsewhere\n", {"memory/memory.limit_in_bytes": "900"}, 900),
+        ("0::/../other\n", {"memory.max": "600"}, 600),
+    ],
+)
+def test_control_groups_limit_what_there_is(tmp_path, groups, limits, allowed):
+    own, every = tmp_path / "cgroup", tmp_path / "every"
+    own.write_text(groups)
+    for name, text in limits.items():
+        (every / name).parent.mkdir(parents=True, exist_ok=True)
+        (every / name).write_text(text)
+    assert control_group_limit(own, every) == allowed
+
+
+def test_no_control_groups_are_no_limit(tmp_path):
+    assert control_group_limit(tmp_path / "none", tmp_path) == math.inf
+
+
+def test_a_model_that_is_refused_leaves_freed_memory_kept(tmp_path, monkeypatch):
+    broken = shutil.copytree(SHIPPED, tmp_path / "broken")
+    [file] = (broken / "unet").glob("*.safetensors")
+    save_file({name: t * float("nan") for name, t in load_file(file).items()}, file)
+    modes = []
+    monkeypatch.setattr(load, "keep_freed", modes.append)
+    with pytest.raises(CheckpointError):
+        StableDiffusion.load(broken, device="cpu", dtype="float32", int8=True, memory="8G")
+    assert modes == ["none", "all"]
+
+
+@pytest.mark.parametrize("memory", [0, -1, True, 1.5, float("nan")])
+def test_amounts_that_are_none(memory):
+    with pytest.raises(RequestError, match="use a whole number, 1 or more"):
+        Job(memory)
 
 
 def test_plans_are_printed(capsys):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,20 +68,29 @@ def load_model(
     """
     checkpoint, config, networks = _open_model(path, config, choices, device)
     checkpoint.report()
-    plan = None
-    if job:
-        plan = make_plan(networks, config, job, torch.device(device), dtype)
-        kept = "all" if plan is None or plan.keeps else "some"
-        keep_freed("all" if kept == "all" and not job.int8 else "none")  # of what weights were on their way
-        if plan:
-            plan.report()
+    plan = make_plan(networks, config, job, torch.device(device), dtype) if job else None
+    if plan:
+        plan.report()
     hold = {"unet": _holder(job, torch.device(device), dtype)}
-    for name, network in networks.items():
-        part, away = checkpoint.part(name), plan.away[name] if plan else ()
-        fill(network, part, getattr(config, name), device, dtype, allow_nonfinite, away, hold.get(name))
-    if job:
-        keep_freed(kept)
+    with _keeping_freed(job, plan):
+        for name, network in networks.items():
+            part, away = checkpoint.part(name), plan.away[name] if plan else ()
+            fill(network, part, getattr(config, name), device, dtype, allow_nonfinite, away, hold.get(name))
     return Model(**networks, config=config, plan=plan)
+
+
+@contextmanager
+def _keeping_freed(job: Job | None, plan: Plan | None) -> Iterator[None]:
+    """Gives back what weights were on their way, where there is no room for it; from then on as planned."""
+    if job is None:
+        yield
+        return
+    kept = "all" if plan is None or plan.keeps else "some"
+    keep_freed("all" if kept == "all" and not job.int8 else "none")
+    try:
+        yield
+    finally:
+        keep_freed(kept)
 
 
 def _holder(job: Job | None, device: torch.device, dtype: torch.dtype) -> Hold | None:

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ def first_that_fits(plans: Mapping[str, Callable[..., Result]]) -> Callable[...,
     Plans are functions that compute the same, by name, the fastest first. The last one's error is raised.
     """
     remaining = dict(plans)
+    *_, last = plans
 
     def run(*args: object) -> Result:
         while True:
@@ -35,11 +37,11 @@ def first_that_fits(plans: Mapping[str, Callable[..., Result]]) -> Callable[...,
             try:
                 return plan(*args)
             except (RuntimeError, MemoryError) as error:
-                if len(remaining) == 1 or not is_out_of_memory(error):
+                if name == last or not is_out_of_memory(error):
                     raise
-                del remaining[name]
             torch.cuda.empty_cache()
-            log.warning("out of memory: %s does not fit, going on with %s", name, next(iter(remaining)))
+            if remaining.pop(name, None):  # unless another thread has found out
+                log.warning("out of memory: %s does not fit, going on with %s", name, next(iter(remaining)))
 
     return run
 
@@ -64,15 +66,26 @@ def available(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free = _kilobytes("/proc/meminfo", "MemAvailable")
-    return None if free is None else int(min(free + taken(device), _container()))
+    return None if free is None else int(min(free + taken(device), control_group_limit()))
 
 
-def _container() -> float:
-    """Bytes that a container may have which this is in, by Linux's control groups."""
-    try:
-        return int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):  # there is none, or it says "max"
-        return math.inf
+# Of Linux's control groups, by the controllers of a hierarchy: where it is, and the file that has a group's limit.
+HIERARCHIES = {"": (".", "memory.max"), "memory": ("memory", "memory.limit_in_bytes")}
+
+
+def control_group_limit(own: Path = Path("/proc/self/cgroup"), every: Path = Path("/sys/fs/cgroup")) -> float:
+    """The bytes that the control groups leave which this process is in, such as a container's; infinite without any."""
+    least = math.inf
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in HIERARCHIES:
+                root, name = every / HIERARCHIES[controllers][0], HIERARCHIES[controllers][1]
+                group = root / path.lstrip("/")
+                for folder in (group, *group.parents[: len(group.relative_to(root).parts)]):
+                    with suppress(OSError, ValueError):  # there is none, or it says "max"
+                        least = min(least, int((folder / name).read_text()))
+    return least
 
 
 def _kilobytes(path: str, field: str) -> int | None:

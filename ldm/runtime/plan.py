@@ -41,8 +41,8 @@ class Job:
 
     def __post_init__(self) -> None:
         for name in ("memory", "width", "height", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise RequestError(f"{name} is {value}: use 1 or more")
+            if (value := getattr(self, name)) is not None and not (type(value) is int and value >= 1):
+                raise RequestError(f"{name} is {value!r:.50}: use a whole number, 1 or more")
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ def _work(networks: Mapping[str, nn.Module], job: Job, dtype: torch.dtype, apart
     assert job.height is not None
     height, width = (max(side // vae.config.downsampling, 1) for side in (job.height, job.width))
     edits = unet.config.in_channels == 2 * vae.config.latent_channels  # the picture is seen, and not, and no prompt
-    prompts = 1 if apart else 3 if edits else 2
+    branches = 3 if edits else 2
+    prompts = 1 if apart else branches
     copies = 3 if job.int8 else 2
     with torch.device("meta"):
         x = torch.empty(job.batch_size * (prompts if edits else 1), unet.config.in_channels, height, width)
@@ -173,7 +174,10 @@ def _work(networks: Mapping[str, nn.Module], job: Job, dtype: torch.dtype, apart
         shifts, keys_values = unet.embed_time(torch.empty(1)), unet.embed_context(context)
         latent = torch.empty(1, vae.config.latent_channels, height, width)
         taken = {
-            "a step": footprint(lambda: unet.predict(x, shifts, keys_values)) + copies * _largest(unet),
+            "a step": footprint(lambda: unet.predict(x, shifts, keys_values))
+            + branches
+            * footprint(lambda: unet.embed_context(context[: job.batch_size]))  # which stay from step to step
+            + copies * _largest(unet),
             "decoding": footprint(lambda: strips.decode(vae, latent)) + 2 * _largest(vae),
         }
     return {stage: size * dtype.itemsize // 4 for stage, size in taken.items()}
