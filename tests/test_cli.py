@@ -173,6 +173,8 @@ def test_bad_models_are_one_line(broken, capsys, tmp_path, file, expected):
         (["txt2img", "-p", "a", "--steps", "many"], 2, "invalid int value: 'many'"),
         (["txt2img", "-p", "a", "-W", "513"], 2, "width is 513: use 512 or 520"),
         (["txt2img", "-p", "a", "--strength", "0.5"], 2, "unrecognized arguments"),
+        (["txt2img", "-p", "a", "--memori=2G"], 2, "--memori=2G; nearest is --memory (see ldm txt2img --help)"),
+        (["txt2img", "a", "ring"], 2, "ldm txt2img: unrecognized arguments: a ring (see"),
         (["txt2img", "-p", "a", "--batch-count", "0"], 2, "batch_count is 0"),
         (["txt2img", "-p", "a", "--batch-count", "99999999"], 2, "batch_count is 99999999"),
         (["txt2img", "-p", "a", "--outdir", "/proc"], 1, "/proc"),

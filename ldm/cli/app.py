@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ldm import __version__
 from ldm.cli import convert, download, generate, inspect, plan, plot, regenerate, tokenize, train
@@ -19,6 +20,16 @@ EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 class Parser(argparse.ArgumentParser):
     """Faults are one line, without the usage in front."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but a command tells itself what it does not know: it has the flags that could be meant."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], flags, 1)]
+            hint = f"; nearest is {near[0]}" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown):.200}{hint}")
+        return known, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")

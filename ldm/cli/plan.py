@@ -62,6 +62,4 @@ def run(args: argparse.Namespace) -> None:
     print(f"{'peak':14}{plan.peak // MIB:10}  of {plan.memory // MIB}")
     print(f"guidance: {'an evaluation for each prompt' if plan.apart else 'one evaluation for both prompts'}")
     if plan.excess:
-        raise RequestError(
-            f"{plan.excess // MIB} MiB more are needed: use a smaller size or batch, another --dtype or --int8"
-        )
+        raise RequestError(plan.shortage)

@@ -90,8 +90,13 @@ class Plan:
         if told:
             log.info("to save memory, these are read anew whenever they are used: %s", ", ".join(told))
         if self.excess:
-            peak, memory = self.peak // MIB, self.memory // MIB
-            log.warning("%d MiB of memory are needed, not %d: trying all the same", peak, memory)
+            log.warning("%s; trying all the same", self.shortage)
+
+    @property
+    def shortage(self) -> str:
+        """What is needed and is not there, and what to do."""
+        least, memory = -(-self.peak // MIB), self.memory // MIB
+        return f"{least} MiB of memory are needed, not {memory}: use --memory {least}M, or a smaller size or batch"
 
 
 def make_plan(
