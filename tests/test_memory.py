@@ -280,9 +280,14 @@ def test_plans_are_printed(capsys):
     assert main(["plan", "--model", str(SHIPPED), "--memory", "64G", "--dtype", "float32"]) == 0
     table = capsys.readouterr().out
     assert "of 65536\nguidance: one evaluation for both prompts\n" in table
+    program, unet, vae, text, step, decoding, margin, peak = map(
+        int, re.findall(r"^\D+?(\d+)", table, re.MULTILINE)[:8]
+    )
+    assert abs(program + unet + vae + text + max(step, decoding) + margin - peak) <= 6  # of rounding down
     assert main(["plan", "--model", str(SHIPPED), "--memory", "5M", "--dtype", "float32"]) == 2
-    [least] = re.findall(r"MiB of memory are needed, not 5: use (--memory \d+M), or a smaller", capsys.readouterr().err)
-    assert main(["plan", "--model", str(SHIPPED), "--dtype", "float32", *least.split()]) == 0
+    [least] = re.findall(r"of memory are needed, not 5: use --memory (\d+)M, or a smaller", capsys.readouterr().err)
+    enough = f"{int(least) + 200}M"  # as the program itself grows
+    assert main(["plan", "--model", str(SHIPPED), "--dtype", "float32", "--memory", enough]) == 0
     assert main(["plan", "--memory", "lots"]) == 2
     assert main(["plan", "--width", "77"]) == 2
 

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
     rows = [("program", plan.program, 0)]
     rows += [(LABELS[name], size - plan.streamed[name], plan.streamed[name]) for name, size in plan.weights.items()]
     rows += [(stage, size, 0) for stage, size in plan.work.items()]
+    rows += [("margin", plan.margin, 0)]
     print(f"{'MiB':14}{'in memory':>10}{'streamed':>10}")
     for name, stays, streamed in rows:
         print(f"{name:14}{stays // MIB:10}{streamed // MIB or '':>10}")

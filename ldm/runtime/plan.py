@@ -71,9 +71,17 @@ class Plan:
         """Whether the process keeps memory that it frees, which is faster, and takes more."""
         return not self.tight and self._peak(self.kept) <= self.memory
 
+    @property
+    def margin(self) -> int:
+        """What the peak has beside the program, the weights that stay and the larger of the stages."""
+        return self.peak - self._stays - max(self.work.values())
+
     def _peak(self, kept: float) -> int:
-        stay = sum(self.weights.values()) - sum(self.streamed.values())
-        return int(LEFT * (self.program + stay + kept * max(self.work.values())))
+        return int(LEFT * (self._stays + kept * max(self.work.values())))
+
+    @property
+    def _stays(self) -> int:
+        return self.program + sum(self.weights.values()) - sum(self.streamed.values())
 
     @property
     def tight(self) -> bool:
