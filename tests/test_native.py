@@ -32,6 +32,7 @@ SHAPES = [  # batch, heads, queries, keys, size of a head
     (2, 2, 5, 33, 4),
     (1, 2, 70, 40, 20),
     (1, 1, 40, 70, 100),
+    (1, 2, 9, 71, 33),
 ]
 
 CAPABLE = sys.platform == "linux" and torch.backends.cpu.get_cpu_capability().startswith("AVX")

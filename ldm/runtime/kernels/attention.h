@@ -11,6 +11,7 @@ template <class T> struct Attention : Tiles<T> {
   using Tiles<T>::ROWS;
   using Tiles<T>::PANEL;
   using Tiles<T>::KEYS;
+  using Tiles<T>::TOGETHER;
   using Tiles<T>::at;
   static constexpr int MOST = 256;
   static constexpr float SLACK = 8.f;  // powers of two by which a row's maximum may have grown
@@ -27,11 +28,24 @@ template <class T> struct Attention : Tiles<T> {
   void pack(const T* k, int64_t k_stride, const T* v, int64_t v_stride, T* keys_to, T* values_to) const {
     std::memset((void*)keys_to, 0, key_room() * sizeof(T));
     std::memset((void*)values_to, 0, value_room() * sizeof(T));
-    for (int64_t n = 0; n < s.keys; n++)
-      for (int64_t d = 0; d < s.size; d++) {
-        keys_to[n / PANEL * PANEL * depth + at(d, n % PANEL, depth)] = k[n * k_stride + d];
-        values_to[d / PANEL * PANEL * keys + at(n, d % PANEL, keys)] = v[n * v_stride + d];
+    for (int64_t j = 0; j < s.keys; j += PANEL, keys_to += PANEL * depth)
+      for (int64_t n = 0; n < std::min<int64_t>(PANEL, s.keys - j); n++) {
+        const T* from = k + (j + n) * k_stride;
+        int64_t d = 0;
+        for (; d + TOGETHER <= s.size; d += TOGETHER)
+          std::memcpy((void*)(keys_to + at(d, n)), from + d, TOGETHER * sizeof(T));
+        for (; d < s.size; d++) keys_to[at(d, n)] = from[d];
       }
+    for (int64_t j = 0; j < s.size; j += PANEL, values_to += PANEL * keys) {
+      const int64_t width = std::min<int64_t>(PANEL, s.size - j);
+      for (int64_t n = 0; n < s.keys; n += TOGETHER) {
+        const int64_t rows = std::min<int64_t>(TOGETHER, s.keys - n);
+        T* to = values_to + at(n, 0);
+        const T* from = v + n * v_stride + j;
+        for (int64_t d = 0; d < width; d++)
+          for (int64_t i = 0; i < rows; i++) to[d * TOGETHER + i] = from[i * v_stride + d];
+      }
+    }
   }
 
   // softmax(q k^T / sqrt(size)) v for up to ROWS queries of a head, over KEYS keys at a time: each row of weights is
@@ -70,7 +84,7 @@ template <class T> struct Attention : Tiles<T> {
           store(weights + r * KEYS + n, weight);
         }
       }
-      this->product(weights, KEYS, packed_values + at(j, 0, keys), PANEL * keys, sums, columns, columns, width, j > 0);
+      this->product(weights, KEYS, packed_values + at(j, 0), PANEL * keys, sums, columns, columns, width, j > 0);
     }
     for (int64_t r = 0; r < count; r++) {
       float whole = 0;

@@ -20,7 +20,7 @@ template <class T> struct Tiles;
 
 template <> struct Tiles<float> {
   static constexpr int STEP = 6;  // rows at once, to whose multiple other numbers of `rows` are read and written
-  static constexpr int ROWS = 48, PANEL = 2 * WIDTH, DEPTH = 1, KEYS = 128, EXP_DEGREE = 6;
+  static constexpr int ROWS = 48, PANEL = 2 * WIDTH, DEPTH = 1, KEYS = 128, EXP_DEGREE = 6, TOGETHER = 1;
 
   template <int VECTORS>
   static inline void block(const float* a, int lda, const float* b, float* c, int ldc, int depth, bool add) {
@@ -42,7 +42,7 @@ template <> struct Tiles<float> {
         else
           block<1>(a + i * lda, lda, b, c + i * ldc + j, ldc, depth, add);
   }
-  static int64_t at(int64_t k, int column, int64_t) { return k * PANEL + column; }
+  static int64_t at(int64_t k, int column) { return k * PANEL + column; }
 };
 
 #ifdef HAVE_AMX
@@ -69,7 +69,7 @@ static void play_product(int c, int a, int b) {
 #endif
 
 template <> struct Tiles<bf16> {
-  static constexpr int ROWS = 32, PANEL = 16, DEPTH = 32, KEYS = 256, EXP_DEGREE = 3;
+  static constexpr int ROWS = 32, PANEL = 16, DEPTH = 32, KEYS = 256, EXP_DEGREE = 3, TOGETHER = 2;
 
   // Tiles 0 to 3 are of c, 4 and 5 of a, 6 and 7 of b: each that is loaded is used twice.
   template <bool TWO>
@@ -114,7 +114,7 @@ template <> struct Tiles<bf16> {
       block<true>(a, lda, b, panel, c + j, ldc, depth, add);
     if (j < columns) block<false>(a, lda, b, panel, c + j, ldc, depth, add);
   }
-  static int64_t at(int64_t k, int column, int64_t) { return (k / 2 * PANEL + column) * 2 + k % 2; }
+  static int64_t at(int64_t k, int column) { return (k / 2 * PANEL + column) * 2 + k % 2; }
 };
 #endif
 
