@@ -73,7 +73,8 @@ class Codec:
     def _run(self, run: Callable[[VAE, Tensor], Tensor], x: Tensor) -> Tensor:
         """A part of the VAE in `dtype`, or in float32 where that overflows; float32 in and out."""
         result = run(self.vae, x.to(self.dtype))
-        if self.dtype != torch.float32 and not result.isfinite().all():
+        rounded = self.dtype != torch.float32 or torch.is_autocast_enabled(self.device.type)
+        if rounded and not result.isfinite().all():
             with torch.autocast(self.device.type, enabled=False):
                 result = run(self._exact_vae, x)
         if not result.isfinite().all():

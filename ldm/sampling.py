@@ -25,7 +25,7 @@ from ldm.runtime.tiling import seamless
 
 log = logging.getLogger(__name__)
 
-MOST_KEPT = 4  # sets of keys and values: prompts may be others at each step
+MOST_KEPT = 20  # about so many contexts' keys and values: prompts may be others at each step
 
 
 class Branch(NamedTuple):
@@ -75,8 +75,8 @@ class Predictor:
         """Those of all contexts, each for a whole batch; the caller keeps the contexts, whose identity tells them."""
         key = (batch, *map(id, contexts))
         if key not in self._keys_values:
-            for oldest in list(self._keys_values)[: 1 - MOST_KEPT]:
-                del self._keys_values[oldest]
+            while sum(map(len, self._keys_values)) + len(contexts) > MOST_KEPT:
+                del self._keys_values[next(iter(self._keys_values))]
             states = torch.cat([context.to(self.device, self.dtype) for context in contexts])
             self._keys_values[key] = [
                 (k.repeat_interleave(batch, dim=0), v.repeat_interleave(batch, dim=0))

@@ -242,13 +242,14 @@ def test_sizes_that_are_none(text):
         ("0::/\n", {"memory.max": "3000\n"}, 3000),  # as in a container
         ("0::/user/me\n", {"user/memory.max": "2000", "user/me/memory.max": "max"}, 2000),
         ("9:cpu:/a\n4:memory:/jobs/7\n", {"memory/jobs/7/memory.limit_in_bytes": "700", "memory/x": "1"}, 700),
+        ("4:memory,hugetlb:/caf\xe9\n", {"memory/memory.limit_in_bytes": "800"}, 800),
         ("4:memory:/elsewhere\n", {"memory/memory.limit_in_bytes": "900"}, 900),
         ("0::/../other\n", {"memory.max": "600"}, 600),
     ],
 )
 def test_control_groups_limit_what_there_is(tmp_path, groups, limits, allowed):
     own, every = tmp_path / "cgroup", tmp_path / "every"
-    own.write_text(groups)
+    own.write_text(groups, encoding="latin-1")
     for name, text in limits.items():
         (every / name).parent.mkdir(parents=True, exist_ok=True)
         (every / name).write_text(text)
@@ -285,7 +286,7 @@ def test_plans_are_printed(capsys):
     )
     assert abs(program + unet + vae + text + max(step, decoding) + margin - peak) <= 6  # of rounding down
     assert main(["plan", "--model", str(SHIPPED), "--memory", "5M", "--dtype", "float32"]) == 2
-    [least] = re.findall(r"of memory are needed, not 5: use --memory (\d+)M, or a smaller", capsys.readouterr().err)
+    [least] = re.findall(r"(\d+) MiB of memory are needed, not 5: use a smaller", capsys.readouterr().err)
     enough = f"{int(least) + 200}M"  # as the program itself grows
     assert main(["plan", "--model", str(SHIPPED), "--dtype", "float32", "--memory", enough]) == 0
     assert main(["plan", "--memory", "lots"]) == 2

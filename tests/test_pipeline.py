@@ -348,6 +348,9 @@ def test_what_overflows_in_float32_is_not_tried_twice(shipped, caplog):
     with pytest.raises(NumericalError, match="weights are damaged"):
         broken.decode(torch.zeros(1, 4, 8, 8))
     assert "running it in float32" not in caplog.text
+    overflowed = replace(shipped, vae=overflowing(shipped.vae))
+    with torch.autocast("cpu", torch.float16):  # which is not float32
+        overflowed.decode(torch.zeros(1, 4, 8, 8))
 
 
 def test_overflowing_latents_are_an_error(shipped):

@@ -22,6 +22,8 @@ from ldm.models.unet import UNet
 from ldm.runtime.device import send
 from ldm.runtime.streaming import Streamed
 
+CHANGING = RLock()  # of all models, none of which then has what cannot be copied
+
 
 @dataclass(frozen=True, eq=False)
 class Dose:
@@ -54,16 +56,15 @@ class Adapters:
         self._loaded: list[Dose] = []
         self._prompted: list[Dose] = []  # those of the prompt that is being drawn
         self.active: tuple[Dose, ...] = ()  # in the weights now
-        self._changing = RLock()  # so that of two threads one finds the other's
 
     def add(self, dose: Dose) -> Handle:
         """Merge a LoRA until the handle removes it. Where this fails, the weights are as they were."""
-        with self._changing:
+        with CHANGING:
             self._set([*self._loaded, dose], self._prompted)
         return Handle(dose.lora.name, lambda: self._remove(dose))
 
     def _remove(self, dose: Dose) -> None:
-        with self._changing:
+        with CHANGING:
             self._set([each for each in self._loaded if each is not dose], self._prompted)
 
     @property
@@ -77,7 +78,7 @@ class Adapters:
 
         Raises RequestError while another prompt's are in the weights: each would draw with those of both.
         """
-        with self._changing:
+        with CHANGING:
             if self._prompted:
                 names = ", ".join(sorted({dose.lora.name for dose in self._prompted}))
                 raise RequestError(
@@ -89,7 +90,7 @@ class Adapters:
             yield
         finally:
             if doses:
-                with self._changing:
+                with CHANGING:
                     self._set(self._loaded, [])
 
     @torch.no_grad()

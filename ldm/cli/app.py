@@ -26,8 +26,9 @@ class Parser(argparse.ArgumentParser):
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], flags, 1)]
-            hint = f"; nearest is {near[0]}" if near else ""
+            asked = [word.split("=")[0] for word in unknown if word.startswith("--")]
+            near = [match for flag in asked for match in difflib.get_close_matches(flag, flags, 1, cutoff=0.75)]
+            hint = f"; nearest is {', '.join(near)}" if near else "" if asked else "; quote texts that have spaces"
             self.error(f"unrecognized arguments: {' '.join(unknown):.200}{hint}")
         return known, unknown
 

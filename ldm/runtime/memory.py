@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -28,20 +29,22 @@ def first_that_fits(plans: Mapping[str, Callable[..., Result]]) -> Callable[...,
 
     Plans are functions that compute the same, by name, the fastest first. The last one's error is raised.
     """
-    remaining = dict(plans)
-    *_, last = plans
+    names, lock, first = list(plans), Lock(), 0
 
     def run(*args: object) -> Result:
+        nonlocal first
         while True:
-            name, plan = next(iter(remaining.items()))
+            tried = first
             try:
-                return plan(*args)
+                return plans[names[tried]](*args)
             except (RuntimeError, MemoryError) as error:
-                if name == last or not is_out_of_memory(error):
+                if names[tried] == names[-1] or not is_out_of_memory(error):
                     raise
             torch.cuda.empty_cache()
-            if remaining.pop(name, None):  # unless another thread has found out
-                log.warning("out of memory: %s does not fit, going on with %s", name, next(iter(remaining)))
+            with lock:
+                if tried == first:  # unless another thread has found out
+                    first += 1
+                    log.warning("out of memory: %s does not fit, going on with %s", names[tried], names[first])
 
     return run
 
@@ -69,18 +72,18 @@ def available(device: torch.device) -> int | None:
     return None if free is None else int(min(free + taken(device), control_group_limit()))
 
 
-# Of Linux's control groups, by the controllers of a hierarchy: where it is, and the file that has a group's limit.
+# Of Linux's control groups, by the controller of a hierarchy: where it is, and the file that has a group's limit.
 HIERARCHIES = {"": (".", "memory.max"), "memory": ("memory", "memory.limit_in_bytes")}
 
 
 def control_group_limit(own: Path = Path("/proc/self/cgroup"), every: Path = Path("/sys/fs/cgroup")) -> float:
-    """The bytes that the control groups leave which this process is in, such as a container's; infinite without any."""
+    """The bytes that the control groups allow which this process is in, such as a container's; infinite without any."""
     least = math.inf
     with suppress(OSError):
-        for line in own.read_text().splitlines():
+        for line in own.read_text(errors="surrogateescape").splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers in HIERARCHIES:
-                root, name = every / HIERARCHIES[controllers][0], HIERARCHIES[controllers][1]
+            for controller in HIERARCHIES.keys() & controllers.split(","):
+                root, name = every / HIERARCHIES[controller][0], HIERARCHIES[controller][1]
                 group = root / path.lstrip("/")
                 for folder in (group, *group.parents[: len(group.relative_to(root).parts)]):
                     with suppress(OSError, ValueError):  # there is none, or it says "max"

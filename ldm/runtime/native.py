@@ -189,7 +189,7 @@ def load() -> None:
     try:
         folder = _cache() / f"kernels-{_fingerprint()}"
         if not folder.is_dir():
-            compiler, *options = shlex.split(os.environ.get("CXX") or "c++")
+            compiler, *options = shlex.split(os.environ.get("CXX", "")) or ["c++"]
             if shutil.which(compiler) is None:
                 log.info("there is no C++ compiler (%s), so torch's kernels are used, which are slower", compiler)
                 return
@@ -217,6 +217,7 @@ def _fingerprint() -> str:
         *(path.read_text() for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])),
         *FLAGS,
         *cpu,
+        os.environ.get("CXX", ""),
         torch.__version__,
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -229,14 +230,14 @@ def _refuse_others(*paths: Path) -> None:
             raise OSError(f"{path} is another user's, or others may write to it: remove it")
 
 
-def make(folder: Path, *compiler: str) -> None:
+def make(folder: Path, compiler: str, *options: str) -> None:
     """Compile, and let another process, lest this one crashes, tell which kernels agree with torch."""
     log.info("compiling kernels for this CPU, once")
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _refuse_others(folder.parent)
     with suppress(FileExistsError), staged_folder(folder, mode=0o700) as temporary:  # another may have made it by now
         library = temporary / LIBRARY
-        compile_to(library, *compiler)
+        compile_to(library, compiler, *options)
         (temporary / TRUSTED).write_text(_check(library))
         library.chmod(0o700)
 
@@ -251,8 +252,8 @@ def _check(library: Path) -> str:
     return run.stdout
 
 
-def compile_to(library: Path, *compiler: str) -> None:
-    command = [*compiler, *FLAGS, str(SOURCES / "kernels.cpp"), "-o", str(library)]
+def compile_to(library: Path, compiler: str, *options: str) -> None:
+    command = [compiler, *FLAGS, *options, str(SOURCES / "kernels.cpp"), "-o", str(library)]
     subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
 
 

@@ -104,7 +104,7 @@ class Plan:
     def shortage(self) -> str:
         """What is needed and is not there, and what to do."""
         least, memory = -(-self.peak // MIB), self.memory // MIB
-        return f"{least} MiB of memory are needed, not {memory}: use --memory {least}M, or a smaller size or batch"
+        return f"{least} MiB of memory are needed, not {memory}: use a smaller size or batch, or allow more"
 
 
 def make_plan(
