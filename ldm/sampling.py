@@ -75,7 +75,7 @@ class Predictor:
         """Those of all contexts, each for a whole batch; the caller keeps the contexts, whose identity tells them."""
         key = (batch, *map(id, contexts))
         if key not in self._keys_values:
-            while sum(map(len, self._keys_values)) + len(contexts) > MOST_KEPT:
+            while self._keys_values and sum(map(len, self._keys_values)) + len(contexts) > MOST_KEPT:
                 del self._keys_values[next(iter(self._keys_values))]
             states = torch.cat([context.to(self.device, self.dtype) for context in contexts])
             self._keys_values[key] = [
