@@ -7,8 +7,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import TypeVar
@@ -78,17 +77,29 @@ HIERARCHIES = {"": (".", "memory.max"), "memory": ("memory", "memory.limit_in_by
 
 def control_group_limit(own: Path = Path("/proc/self/cgroup"), every: Path = Path("/sys/fs/cgroup")) -> float:
     """The bytes that the control groups allow which this process is in, such as a container's; infinite without any."""
-    least = math.inf
-    with suppress(OSError):
-        for line in own.read_text(errors="surrogateescape").splitlines():
-            _, controllers, path = line.split(":", 2)
-            for controller in HIERARCHIES.keys() & controllers.split(","):
-                root, name = every / HIERARCHIES[controller][0], HIERARCHIES[controller][1]
-                group = root / path.lstrip("/")
-                for folder in (group, *group.parents[: len(group.relative_to(root).parts)]):
-                    with suppress(OSError, ValueError):  # there is none, or it says "max"
-                        least = min(least, int((folder / name).read_text()))
-    return least
+    try:
+        lines = own.read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return math.inf
+    return min((_limit(file) for line in lines for file in _limit_files(line, every)), default=math.inf)
+
+
+def _limit_files(line: str, every: Path) -> Iterator[Path]:
+    """Where the limits are of a group, which a line of /proc/self/cgroup tells, and of those that it is in."""
+    _, controllers, path = line.split(":", 2)
+    for controller in HIERARCHIES.keys() & controllers.split(","):
+        place, name = HIERARCHIES[controller]
+        root = every / place
+        group = root / path.lstrip("/")
+        yield group / name
+        yield from (folder / name for folder in group.parents if folder.is_relative_to(root))
+
+
+def _limit(file: Path) -> float:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # there is none, or it says "max"
+        return math.inf
 
 
 def _kilobytes(path: str, field: str) -> int | None:
